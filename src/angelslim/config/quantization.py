@@ -1,0 +1,110 @@
+"""The section ``compression.quantization``: which numbers, which algorithm, which layers.
+
+The public keys keep the public dialect's names. Ours are `scheme`, `observer`, `percentile`, `format`,
+`quantize_lm_head` and `quantize_embeddings`. `upstream.stages` turns this section into a method and a
+`numerics.scheme.Scheme`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from .fields import Count, GrainName, Int, Ints, Number, Section, Share, Word, Words
+
+
+class QuantMethod(Section):
+    """Granularities and the algorithm's own switches."""
+
+    weight: GrainName | None = None
+    activation: GrainName | None = None
+    kv_cache: GrainName | None = None
+    group_size: Int | None = None  # -1: one scale per channel
+    block_size: Ints | None = None  # rows, columns
+    zero_point: bool | None = None  # true: asymmetric
+    mse_range: bool | None = None
+    actorder: bool | None = None
+    dequant_to_bf16: bool | None = None
+    num_workers: Int | None = None
+    share_gate_up_weight_scale_2: bool | None = None
+
+
+class ScaleSearch(Section):
+    """Two-stage search of a weight scale around its absolute maximum."""
+
+    min_range: Number | None = None
+    max_range: Number | None = None
+    coarse_intervals: Int | None = None
+    fine_intervals: Int | None = None
+    delta_threshold: Number | None = None
+
+
+class TensorScheme(Section):
+    """An explicit scheme for one role (weight, input or kv) of a linear layer."""
+
+    format: str
+    granularity: GrainName = "per-tensor"
+    group_size: Count = 128
+    block_size: Ints = Field(default_factory=lambda: [128, 128])
+    symmetric: bool = True
+    dynamic: bool = False
+
+
+class ExplicitScheme(Section):
+    """The mapping form of `scheme`; `input` absent means weight-only."""
+
+    weight: TensorScheme
+    input: TensorScheme | None = None
+    kv: TensorScheme | None = None
+
+
+class Quantization(Section):
+    """How a model is quantized."""
+
+    name: str | None = None
+    bits: Int | None = None
+    quant_method: QuantMethod = Field(default_factory=QuantMethod)
+    quant_helpers: Words = Field(default_factory=list)
+    smooth_alpha: Share | None = None
+    ignore_layers: Words = Field(default_factory=list)
+    modules_to_quantize: Words = Field(default_factory=list)
+    low_memory: bool | None = None  # accepted; streaming blocks is the only way runs work here
+    quant_analyse: bool = False
+    quant_vit: bool = False
+    quant_talker: bool = False
+    cpu_convert: bool | None = None
+    save_name: str | None = None
+    # Fine-tune-aware FP8: how far a tuned model moved from its base decides the scale.
+    base_model_path: str | None = None
+    base_model_repo: str | None = None
+    base_is_fp8: bool | None = None
+    metric: Literal["cosine", "sign", "mse"] | None = None
+    quantization_method: Literal["blockwise", "per_channel", "per_tensor"] | None = None
+    scale_search: ScaleSearch | None = None
+    num_workers: Int | None = None
+    gpus: Word | list[Int] | None = None
+    # Ours.
+    scheme: str | ExplicitScheme | None = None
+    observer: Literal["absmax", "percentile", "mse"] = "absmax"
+    percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
+    format: Literal["auto", "compressed-tensors", "fp8_block"] = "auto"
+    quantize_lm_head: bool = False
+    quantize_embeddings: bool = False
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _either_spelling(cls, value: object) -> object:
+        return "compressed-tensors" if value == "compressed_tensors" else value
+
+    @field_validator("ignore_layers")
+    @classmethod
+    def _patterns_compile(cls, entries: list[str]) -> list[str]:
+        for entry in entries:
+            if entry.startswith("re:"):
+                try:
+                    re.compile(entry[3:])
+                except re.error as error:
+                    raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
+        return entries

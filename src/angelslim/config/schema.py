@@ -1,0 +1,160 @@
+"""The main dialect: the sections ``global``, ``model``, ``compression``, ``dataset``, ``transform``, ``evaluation``.
+
+Files of the public AngelSlim repository are accepted as they are. The other two dialects live in `pruning.py`
+and `flat.py`; `CONFIGS` names all three and `dialect_of` recognises a file by its top-level keys. Optional
+additions to the public keys are marked "ours".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .fields import Count, Int, Section, Size, Word, Words
+from .flat import FlatConfig
+from .pruning import Compressor, ModelMapping
+from .quantization import Quantization
+from .sparsity import Sparsity
+from .training import QAD, QAT, Distill, Dtype, MCoreQAD
+
+Dialect = Literal["sections", "pruning", "flat"]
+
+
+class Global(Section):
+    """Settings of the whole run."""
+
+    save_path: str = "./output"
+    deploy_backend: Literal["vllm", "sglang", "trtllm", "huggingface", "llamacpp", "edge"] | None = None
+    # Ours.
+    seed: Int = 0
+    device: str | None = None  # None: the accelerator when there is one
+    max_shard_size: Size = 5 * 10**9  # bytes of one output file
+    activation_budget: Size = 8 * 10**9  # bytes of calibration activations in host memory before they spill
+
+
+class Model(Section):
+    """The model to compress. `model_path` may come from the command line."""
+
+    name: str | None = None
+    model_path: str | None = None
+    trust_remote_code: bool = False
+    torch_dtype: Dtype = "auto"
+    device_map: Word | dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    low_cpu_mem_usage: bool = True
+    use_cache: bool = False
+    cache_dir: str | None = None
+    enable_expert_parallel: bool = False
+    zero3: bool | None = None
+    use_audio_in_video: bool | None = None
+
+
+class Calibrate(Section):
+    """Calibration that runs on a serving engine instead of in this process."""
+
+    backend: Word | None = None
+    distributed_executor_backend: Word | None = None
+    max_num_seqs: Int | None = None
+    skip_weight_loading: bool | None = None
+    tp_size: Int | None = None
+    verbose: bool | None = None
+
+
+class Compression(Section):
+    """One stage of the run. `name` is inferred from the sections present when it is absent."""
+
+    name: Literal["PTQ", "PTQWeightOnly", "QAT", "QAD", "Distill", "MCoreQAD", "Sparsity"] | None = None
+    quantization: Quantization | None = None
+    sparsity: Sparsity | None = None
+    calibrate: Calibrate | None = None
+    qat: QAT | None = Field(default=None, alias="QAT")
+    qad: QAD | None = Field(default=None, alias="QAD")
+    distill: Distill | None = Field(default=None, alias="Distill")
+    mcore_qad: MCoreQAD | None = Field(default=None, alias="MCoreQAD")
+
+
+class Dataset(Section):
+    """Calibration or training data; without `data_path` the built-in texts are used."""
+
+    name: Literal["TextDataset", "MultiModalDataset", "AudioDataset", "OmniDataset"] = "TextDataset"
+    data_path: str | None = None
+    num_samples: Count = 128
+    max_seq_length: Count = 2048
+    batch_size: Count = 1
+    is_sft_data: bool = False
+    shuffle: bool = False
+
+
+class SpinConfig(Section):
+    """Which rotations are applied, and of what kind."""
+
+    rotation: Words = Field(default_factory=lambda: ["R1", "R2"])
+    rotation_mode: Literal["Hadamard", "Orthogonal", "Random", "Identity"] = "Hadamard"
+    had_dim: Int = -1  # -1: the whole dimension
+    ignore_layers: Words = Field(default_factory=list)
+
+
+class Transform(Section):
+    """A rewriting of the weights, exact in full precision, before they are quantized."""
+
+    name: str | None = None
+    output_log: bool = False
+    spin_config: SpinConfig | None = None
+
+
+class Evaluation(Section):
+    """Ours: what is measured before and after. `perplexity` is true, false, or a text file."""
+
+    enabled: bool = True
+    perplexity: bool | str = True
+    tasks: Words = Field(default_factory=list)
+    samples: Count = 64
+
+
+def _one_or_many(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+class Config(Section):
+    """A file of the main dialect; `compression` is always a list, one entry a stage."""
+
+    global_: Global = Field(default_factory=Global, alias="global")
+    model: Model = Field(default_factory=Model)
+    compression: Annotated[list[Compression], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    dataset: Dataset = Field(default_factory=Dataset)
+    transform: Transform | None = None
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+
+class PruningConfig(Section):
+    """A file of the token pruning dialect. All but the first two sections are ours."""
+
+    model_mapping: list[ModelMapping] = Field(default_factory=list)
+    compressor: Compressor = Field(default_factory=Compressor)
+    global_: Global = Field(default_factory=Global, alias="global")
+    model: Model = Field(default_factory=Model)
+    dataset: Dataset = Field(default_factory=Dataset)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+
+AnyConfig = Config | PruningConfig | FlatConfig
+CONFIGS: dict[Dialect, type[Section]] = {"sections": Config, "pruning": PruningConfig, "flat": FlatConfig}
+
+
+def names_of(section: type[Section]) -> dict[str, str]:
+    """The keys of a section as files write them, each with its attribute's name."""
+    return {field.alias or name: name for name, field in section.model_fields.items()}
+
+
+def dialect_of(keys: Iterable[str]) -> Dialect | None:
+    """Recognise a dialect by a file's top-level keys; None when no key is known."""
+    given = set(keys)
+    if given & {"model_mapping", "compressor"}:
+        return "pruning"
+    if given & set(names_of(Config)):
+        return "sections"
+    if given & set(names_of(FlatConfig)):
+        return "flat"
+    return None

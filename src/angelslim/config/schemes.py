@@ -1,0 +1,194 @@
+"""Schemes from words: a named base, adjusted by granularities, or spelled out in full.
+
+What no engine computes is refused here, before a model is opened: per-token weights, static scales per input
+token, groups of size zero, zero points on floating-point grids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..base.errors import ConfigError, did_you_mean
+from ..numerics.scheme import (
+    FORMATS,
+    PER_CHANNEL,
+    PER_TENSOR,
+    PER_TOKEN,
+    PRESETS,
+    Granularity,
+    Quant,
+    Scheme,
+    format_named,
+    per_block,
+    per_group,
+)
+from .fields import Grain
+from .quantization import ExplicitScheme, QuantMethod, TensorScheme
+from .training import TensorQuant, TrainedQuant
+
+_GROUP, _TILE = 128, (128, 128)
+_INT4, _INT8, _FP8 = FORMATS["int4"], FORMATS["int8"], FORMATS["fp8_e4m3"]
+_INT4_GROUPS = Quant(_INT4, per_group(_GROUP))
+
+# Bases of public method names that are not presets of their own.
+EXTRA: dict[str, Scheme] = {
+    "int4_asym": Scheme(replace(_INT4_GROUPS, symmetric=False)),
+    "int8_static": Scheme(Quant(_INT8, PER_CHANNEL), Quant(_INT8, PER_TENSOR)),
+    "w4a8_fp8": Scheme(_INT4_GROUPS, Quant(_FP8, PER_TENSOR)),
+    "w4a8_int8": Scheme(_INT4_GROUPS, Quant(_INT8, PER_TOKEN, dynamic=True)),
+}
+_QTYPES = {"int4": _INT4, "int8": _INT8, "fp8": _FP8, "fp8_e4m3": _FP8}
+
+
+def base(name: str) -> Scheme | None:
+    """The scheme a method starts from, or None when the numerics have no such format."""
+    return PRESETS.get(name) or EXTRA.get(name)
+
+
+def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
+    """Apply the granularities and the zero point of ``quant_method`` to a base scheme."""
+    where = f"{where}.quant_method"
+    weight, inputs, kv = scheme.weight, scheme.input, scheme.kv
+    grain = method.weight
+    if grain is None and method.block_size and weight.format.kind == "float":
+        grain = "per-block"
+    if grain is None and method.group_size is not None and weight.granularity.kind in ("group", "channel"):
+        grain = "per-group" if weight.granularity.kind == "group" else None
+    if grain is not None:
+        weight = replace(weight, granularity=_weight_grain(grain, method, f"{where}.weight"))
+    if method.zero_point is not None:
+        if method.zero_point and weight.format.kind == "float":
+            fix = "Remove it, or choose an integer format."
+            raise ConfigError(f"A zero point on {weight.format.name} makes no sense.", where=where, fix=fix)
+        weight = replace(weight, symmetric=not method.zero_point)
+    if inputs is not None:
+        inputs = _input(inputs, weight, grain, method, f"{where}.activation")
+    elif method.activation not in (None, "per-tensor"):
+        fix = "Remove it, or choose a method with quantized activations such as w4a8_fp8."
+        raise ConfigError(f"activation: {method.activation} on a weight-only method.", where=where, fix=fix)
+    if method.kv_cache is not None:
+        kv = _kv(weight, inputs, method.kv_cache, f"{where}.kv_cache")
+    return Scheme(weight, inputs, kv)
+
+
+def _input(inputs: Quant, weight: Quant, grain: Grain | None, method: QuantMethod, where: str) -> Quant:
+    blocks = grain == "per-block"
+    if blocks and method.activation in (None, "per-block"):
+        return replace(inputs, granularity=per_group(weight.granularity.columns), dynamic=True)
+    if weight.granularity.kind == "block" and grain is None:
+        return replace(inputs, granularity=per_group(weight.granularity.columns))
+    if method.activation is None:
+        return inputs
+    if not inputs.dynamic and method.activation != "per-tensor":
+        fix = "Use activation: per-tensor, or a dynamic method."
+        raise ConfigError(f"Static activation scales cannot be {method.activation}.", where=where, fix=fix)
+    return replace(inputs, granularity=_input_grain(method.activation, method, where))
+
+
+def _weight_grain(grain: Grain, method: QuantMethod, where: str) -> Granularity:
+    if grain == "per-tensor":
+        return PER_TENSOR
+    if grain == "per-channel":
+        return PER_CHANNEL
+    if grain == "per-group":
+        return _group(_GROUP if method.group_size is None else method.group_size, where)
+    if grain == "per-block":
+        return _block(method.block_size, where)
+    fix = "Use per-tensor, per-channel, per-group or per-block."
+    raise ConfigError(f"Weights cannot be {grain}.", where=where, fix=fix)
+
+
+def _input_grain(grain: Grain, method: QuantMethod, where: str) -> Granularity:
+    if grain == "per-tensor":
+        return PER_TENSOR
+    if grain == "per-token":
+        return PER_TOKEN
+    if grain == "per-block":
+        return per_group(_block(method.block_size, where).columns)
+    if grain == "per-group":
+        return _group(_GROUP if method.group_size is None else method.group_size, where)
+    fix = "Use per-tensor, per-token or per-group."
+    raise ConfigError(f"Activations cannot be {grain}.", where=where, fix=fix)
+
+
+def _group(size: int, where: str) -> Granularity:
+    if size == -1:
+        return PER_CHANNEL
+    if size < 1:
+        fix = "Use 32, 64 or 128, or -1 for one scale per output channel."
+        raise ConfigError(f"group_size {size} is impossible.", where=where, fix=fix)
+    return per_group(size)
+
+
+def _block(size: list[int] | None, where: str) -> Granularity:
+    sizes = list(_TILE) if size is None else size * 2 if len(size) == 1 else size
+    if len(sizes) != 2 or min(sizes) < 1:
+        fix = "Give rows and columns, as in [128, 128]."
+        raise ConfigError(f"block_size {size} is impossible.", where=where, fix=fix)
+    return per_block(*sizes)
+
+
+def _kv(weight: Quant, inputs: Quant | None, grain: Grain, where: str) -> Quant:
+    if grain != "per-tensor":
+        fix = "Use per-tensor."
+        raise ConfigError(f"The KV cache cannot be {grain} here.", where=where, fix=fix)
+    integer = (inputs or weight).format.kind == "int"
+    return Quant(_INT8 if integer else _FP8, PER_TENSOR)
+
+
+def explicit(scheme: str | ExplicitScheme, method: QuantMethod, where: str) -> Scheme:
+    """The scheme that ``quantization.scheme`` names or spells out."""
+    where = f"{where}.scheme"
+    if isinstance(scheme, str):
+        name = scheme.replace("-", "_")
+        known = base(name)
+        if known is None:
+            fix = did_you_mean(name, {*PRESETS, *EXTRA})
+            raise ConfigError(f"Unknown scheme {scheme!r}.", where=where, fix=fix)
+        return adjusted(known, method, where.removesuffix(".scheme"))
+    if method.weight is not None or method.activation is not None:
+        fix = "Keep one of the two."
+        raise ConfigError("scheme and quant_method both say the granularity.", where=where, fix=fix)
+    weight = _quant(scheme.weight, f"{where}.weight")
+    inputs = _quant(scheme.input, f"{where}.input") if scheme.input else None
+    if weight.dynamic:
+        raise ConfigError("Weights cannot be dynamic.", where=f"{where}.weight", fix="Remove dynamic.")
+    if inputs and not inputs.dynamic and inputs.granularity != PER_TENSOR:
+        fix = "Set dynamic: true, or granularity: per-tensor."
+        raise ConfigError(
+            f"Static activation scales cannot be {inputs.granularity}.", where=f"{where}.input", fix=fix
+        )
+    return Scheme(weight, inputs, _quant(scheme.kv, f"{where}.kv") if scheme.kv else None)
+
+
+def _quant(spec: TensorScheme, where: str) -> Quant:
+    number = format_named(spec.format)
+    if not spec.symmetric and number.kind == "float":
+        fix = "Remove symmetric: false."
+        raise ConfigError(f"{number.name} is symmetric by nature.", where=where, fix=fix)
+    words = QuantMethod(group_size=spec.group_size, block_size=spec.block_size)
+    grain = _weight_grain if where.endswith(".weight") else _input_grain
+    return Quant(number, grain(spec.granularity, words, where), spec.symmetric, spec.dynamic)
+
+
+def trained(quant: TrainedQuant) -> Scheme | None:
+    """The scheme that a training plugin simulates, or None when the numerics cannot express it."""
+    weight = _simulated(quant.weight, weight=True)
+    if weight is None or not quant.use_activation_quant or quant.activation is None:
+        return None if weight is None or quant.use_activation_quant else Scheme(weight)
+    inputs = _simulated(quant.activation, weight=False)
+    return Scheme(weight, inputs) if inputs else None
+
+
+def _simulated(tensor: TensorQuant | None, weight: bool) -> Quant | None:
+    if tensor is None or tensor.qtype not in _QTYPES:
+        return None
+    method = QuantMethod(
+        weight=tensor.granularity, activation=tensor.granularity, group_size=tensor.group_size
+    )
+    role = "plugin_config.quant_config." + ("weight" if weight else "activation")
+    words = method.weight or "per-tensor"
+    grain = _weight_grain(words, method, role) if weight else _input_grain(words, method, role)
+    return Quant(
+        _QTYPES[tensor.qtype], grain, tensor.is_sym is not False, bool(tensor.dynamic) and not weight
+    )

@@ -1,0 +1,307 @@
+"""From the words of a configuration to stages of work: (kind, method, scheme, options, ignored layers).
+
+The public dialect names fifteen "quantization methods" that are really pairs of an algorithm and a scheme:
+``int4_gptq`` is GPTQ with int4 groups, ``fp8_static`` is rounding to nearest with per-tensor FP8. `METHODS`
+takes each name apart; the granularities of ``quant_method`` then adjust the scheme. The engine looks up the
+algorithm by name in its registry, so a name may be known here before anything is built for it: its `Stage`
+carries the scheme when `numerics.scheme` can express it and None otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Literal, TypeVar
+
+from ..base.errors import ConfigError
+from ..numerics.scheme import PRESETS, Scheme
+from . import schemes
+from .flat import FlatConfig
+from .pruning import KNOWN_STRATEGIES
+from .quantization import Quantization
+from .schema import AnyConfig, Compression, Config, PruningConfig, Transform
+from .sparsity import KNOWN_PATTERNS
+from .training import QAD, QAT
+
+T = TypeVar("T")
+Kind = Literal["ptq", "qat", "distill", "sparsity", "pruning", "calibrate", "mcore_qad", "transform"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work for the engine."""
+
+    kind: Kind
+    method: str  # the algorithm's name in the engine's registry
+    scheme: Scheme | None = None
+    options: dict[str, object] = field(default_factory=dict)  # what the algorithm reads, by its own names
+    ignore: tuple[str, ...] = ()  # entries for `ignore.ignored`
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.method}" + (f": {self.scheme}" if self.scheme else "")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A public method name taken apart."""
+
+    algorithm: str
+    base: str  # the scheme it starts from: a preset's name, or one of `schemes.EXTRA`
+    options: tuple[tuple[str, object], ...] = ()
+    bits: tuple[int, ...] = (8,)
+
+
+METHODS: dict[str, Method] = {
+    "fp8_static": Method("rtn", "fp8_static"),
+    "fp8_dynamic": Method("rtn", "fp8_dynamic"),
+    "fp8_block": Method("rtn", "fp8_block"),
+    "fp8_blockwise": Method("rtn", "fp8_block"),
+    "fp8_lepto": Method("lepto", "fp8_static"),
+    "daq": Method("daq", "fp8_block"),
+    "int8_static": Method("rtn", "int8_static"),
+    "int8_dynamic": Method("rtn", "int8_dynamic"),
+    "int4_rtn": Method("rtn", "int4", bits=(4,)),
+    "int4_awq": Method("awq", "int4_asym", bits=(4,)),
+    "int4_gptq": Method("gptq", "int4", bits=(4,)),
+    "int4_gptaq": Method("gptq", "int4", (("gptaq", True),), bits=(4,)),
+    "w4a8_fp8": Method("rtn", "w4a8_fp8", bits=(4, 8)),
+    "w4a8i8": Method("rtn", "w4a8_int8", bits=(4, 8)),
+    "nvfp4": Method("rtn", "nvfp4", bits=(4,)),
+    "nvfp4_weight_only": Method("rtn", "nvfp4_weight_only", bits=(4,)),
+    "nvfp4_gptq": Method("gptq", "nvfp4_weight_only", bits=(4,)),
+    "nvfp4_gptaq": Method("gptq", "nvfp4_weight_only", (("gptaq", True),), bits=(4,)),
+    "mxfp4": Method("rtn", "mxfp4", bits=(4,)),
+    "mxfp4_weight_only": Method("rtn", "mxfp4_weight_only", bits=(4,)),
+    "mxfp8": Method("rtn", "mxfp8"),
+}
+_SECTION_OF = {  # compression.name -> the section that must be there
+    "PTQ": "quantization",
+    "PTQWeightOnly": "quantization",
+    "QAT": "QAT",
+    "QAD": "QAD",
+    "Distill": "Distill",
+    "MCoreQAD": "MCoreQAD",
+    "Sparsity": "sparsity",
+}
+# Switches of `quantization` and `quant_method` that an algorithm may read, passed on when they were given.
+_SWITCHES = (
+    "modules_to_quantize", "quant_analyse", "quant_vit", "quant_talker", "save_name", "base_model_path", "metric",
+    "base_model_repo", "base_is_fp8", "scale_search", "observer", "percentile", "quantize_embeddings",
+)  # fmt: skip
+_METHOD_SWITCHES = ("mse_range", "actorder", "dequant_to_bf16", "share_gate_up_weight_scale_2")
+_HEADS = ("lm_head", "model.lm_head")
+
+
+def stages(config: AnyConfig) -> list[Stage]:
+    """What the engine has to do, in order. An impossible combination is a `ConfigError`."""
+    if isinstance(config, PruningConfig):
+        return list(_pruning(config))
+    if isinstance(config, FlatConfig):
+        return list(_flat(config))
+    work = list(_transforms(config.transform)) if config.transform else []
+    for index, compression in enumerate(config.compression):
+        where = "compression" if len(config.compression) == 1 else f"compression.{index}"
+        work += _compression(compression, where)
+    if not work:
+        fix = "Add a compression section, or extend a recipe."
+        raise ConfigError("The configuration asks for nothing: it has no compression section.", fix=fix)
+    return work
+
+
+def _compression(stage: Compression, where: str) -> Iterator[Stage]:
+    name: str | None = stage.name or _inferred(stage)
+    if name is None:
+        fix = f"Add one of the sections {', '.join(dict.fromkeys(_SECTION_OF.values()))}."
+        raise ConfigError("The stage has no method.", where=where, fix=fix)
+    if stage.calibrate is not None:
+        yield Stage("calibrate", stage.calibrate.backend or "vllm", None, stage.calibrate.given())
+    if name in ("PTQ", "PTQWeightOnly"):
+        yield from _ptq(_need(stage.quantization, where, name), f"{where}.quantization")
+    elif name == "QAT":
+        yield _trained(stage.qat or QAT(), stage.quantization, f"{where}.quantization")
+    elif name == "QAD":
+        yield _trained(stage.qad or QAD(), stage.quantization, f"{where}.quantization")
+    elif name == "Distill":
+        section = _need(stage.distill, where, name)
+        yield Stage("distill", "distill", None, section.given())
+    elif name == "MCoreQAD":
+        megatron = _need(stage.mcore_qad, where, name)
+        yield Stage("mcore_qad", megatron.format or "nvfp4", None, megatron.given())
+    else:
+        sparsity = _need(stage.sparsity, where, name)
+        knobs = {**sparsity.attn_kwargs.given(), "allow_pseudo_sparse": sparsity.allow_pseudo_sparse}
+        yield Stage("sparsity", sparsity.name, None, knobs)
+
+
+def _inferred(stage: Compression) -> str | None:
+    """The name of a stage that does not say it, from the section that it has."""
+    present = stage.given()
+    return next((name for name, section in _SECTION_OF.items() if section in present), None)
+
+
+def _need(section: T | None, where: str, name: str) -> T:
+    if section is None:
+        fix = f"Add the section {where}.{_SECTION_OF[name]}."
+        raise ConfigError(f"{where}.name is {name}, but its section is missing.", fix=fix)
+    return section
+
+
+def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None, str]:
+    """The method, the scheme and the public name that a quantization section asks for."""
+    name = section.name
+    if name is None:
+        if section.scheme is None:
+            fix = f"Set {where}.name to one of {', '.join(METHODS)}."
+            raise ConfigError(f"{where} names neither a method nor a scheme.", fix=fix)
+        method, name = Method("rtn", ""), "rtn"
+    else:
+        method = METHODS.get(name, Method(name, ""))
+    if section.scheme is not None:
+        return method, schemes.explicit(section.scheme, section.quant_method, where), name
+    base = schemes.base(method.base)
+    if name == "daq" and section.quantization_method in ("per_channel", "per_tensor"):
+        base = PRESETS["fp8_dynamic"]
+    if base is None:  # the numerics cannot express it (yet): the method's public name says it all
+        return Method(name, ""), None, name
+    return method, schemes.adjusted(base, section.quant_method, where), name
+
+
+def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
+    method, scheme, _ = method_of(section, where)
+    if "smooth" in section.quant_helpers:
+        alpha = 0.5 if section.smooth_alpha is None else section.smooth_alpha
+        yield Stage("transform", "smooth", None, {"alpha": alpha}, ignored_layers(section))
+    for helper in section.quant_helpers:
+        if helper != "smooth":
+            yield Stage("transform", helper, None, {}, ignored_layers(section))
+    yield Stage(
+        "ptq",
+        method.algorithm,
+        scheme,
+        {**dict(method.options), **switches(section)},
+        ignored_layers(section),
+    )
+
+
+def switches(section: Quantization) -> dict[str, object]:
+    """The algorithm's switches that were given, by their public names."""
+    given, inner = section.given(), section.quant_method.given()
+    options = {key: given[key] for key in _SWITCHES if key in given}
+    if section.observer != "percentile":
+        options.pop("percentile", None)
+    else:
+        options["percentile"] = section.percentile
+    return options | {key: inner[key] for key in _METHOD_SWITCHES if key in inner}
+
+
+def ignored_layers(section: Quantization) -> tuple[str, ...]:
+    """The layers to leave alone; the output head is one of them unless the file asks for it."""
+    entries = list(dict.fromkeys(section.ignore_layers))
+    if section.quantize_lm_head:
+        entries = [entry for entry in entries if entry not in _HEADS]
+    elif "lm_head" not in entries:
+        entries.insert(0, "lm_head")
+    if section.quantize_embeddings:
+        entries = [entry for entry in entries if entry.rpartition(".")[2] != "embed_tokens"]
+    return tuple(entries)
+
+
+def _trained(section: QAT | QAD, quantization: Quantization | None, where: str) -> Stage:
+    quant = section.plugin_config.quant_config if section.plugin_config else None
+    special = quant.special if quant and quant.weight_quantizer == "special" else None
+    default = section.training_mode if isinstance(section, QAT) else "distill"
+    method = (special.quant_method if special else None) or default or "end2end"
+    scheme = None
+    if special is None:
+        scheme = schemes.trained(quant) if quant and quant.weight else None
+        if scheme is None and not (quant and quant.weight) and quantization and quantization.name:
+            scheme = method_of(quantization, where)[1]
+    ignore = ignored_layers(quantization) if quantization else ("lm_head",)
+    return Stage("qat", method, scheme, section.given(), ignore)
+
+
+def _transforms(section: Transform) -> Iterator[Stage]:
+    name = (section.name or "SpinQuant").lower()
+    spin = section.spin_config
+    options: dict[str, object] = {"output_log": section.output_log}
+    if spin is not None:
+        options |= {"rotation": spin.rotation, "rotation_mode": spin.rotation_mode, "had_dim": spin.had_dim}
+    ignore = tuple(spin.ignore_layers) if spin else ()
+    yield Stage("transform", "spin" if name in ("spin", "spinquant") else name, None, options, ignore)
+
+
+def _pruning(config: PruningConfig) -> Iterator[Stage]:
+    places = config.compressor.strategies.by_place()
+    if not places:
+        fix = "Add compressor.strategies.global.strategy."
+        raise ConfigError("compressor.strategies is empty.", fix=fix)
+    for place, strategy in places.items():
+        options: dict[str, object] = dict(strategy.params.given())
+        options["layer"] = None if place == "global" else int(place)
+        options["requirements"] = config.compressor.requirements.given()
+        if strategy.model_related_params is not None:
+            options |= strategy.model_related_params.given()
+        yield Stage("pruning", strategy.strategy, None, options)
+
+
+def _flat(config: FlatConfig) -> Iterator[Stage]:
+    given = config.given()
+    if config.ptq_data_path or config.output_dir:
+        smooths = any(key.startswith(("smooth_", "alpha_")) for key in given)
+        method = "smooth" if smooths else "kv_cache" if "per_head" in given else "activations"
+        yield Stage("calibrate", method, None, given)
+    if config.output_nvfp4_hf_path:
+        yield Stage("ptq", "nvfp4", schemes.base("nvfp4_weight_only"), given, ("lm_head",))
+    if config.output_fp8_hf_path:
+        block = bool(config.block_size and config.block_size[0] > 0)
+        yield Stage("ptq", "rtn", PRESETS["fp8_block" if block else "fp8_static"], given, ("lm_head",))
+    if not (
+        config.ptq_data_path or config.output_dir or config.output_nvfp4_hf_path or config.output_fp8_hf_path
+    ):
+        yield Stage("calibrate", "activations", None, given)
+
+
+# --------------------------------------------------------------------------------------------- remarks
+
+
+def remarks(config: AnyConfig) -> list[str]:
+    """What a run should say aloud about its configuration; a name that is a clear slip is a `ConfigError`."""
+    notes: list[str] = []
+    if not isinstance(config, FlatConfig) and config.model.trust_remote_code:
+        notes.append("model.trust_remote_code is true: Python code that comes with the model may run.")
+    if isinstance(config, PruningConfig):
+        for strategy in config.compressor.strategies.by_place().values():
+            notes += _unknown("pruning strategy", strategy.strategy, KNOWN_STRATEGIES)
+    if isinstance(config, Config):
+        for stage in config.compression:
+            notes += _stage_remarks(stage)
+    return notes
+
+
+def _stage_remarks(stage: Compression) -> Iterator[str]:
+    for teacher in (stage.qad, stage.distill):
+        if teacher is not None and teacher.teacher_trust_remote_code:
+            yield "teacher_trust_remote_code is true: Python code that comes with the teacher may run."
+    if stage.sparsity is not None:
+        yield from _unknown("sparse attention method", stage.sparsity.name, KNOWN_PATTERNS)
+    section = stage.quantization
+    if section is None or section.name is None:
+        return
+    yield from _unknown("quantization method", section.name, METHODS)
+    method = METHODS.get(section.name)
+    if method and section.bits is not None and section.bits not in method.bits:
+        yield f"quantization.bits is {section.bits}, but {section.name} has {method.bits[0]}; the name decides."
+    inner = section.quant_method
+    if method and 4 in method.bits and inner.weight == "per-group" and inner.group_size == -1:
+        yield "group_size -1 means one scale per output channel here; the public tool takes 128."
+
+
+def _unknown(kind: str, name: str, known: object) -> Iterator[str]:
+    names = list(known) if isinstance(known, tuple | dict) else []
+    if name in names:
+        return
+    near = get_close_matches(name, names, n=1, cutoff=0.85)
+    if near:
+        raise ConfigError(f"Unknown {kind} {name!r}.", fix=f"Did you mean {near[0]!r}?")
+    yield f"The {kind} {name!r} is not one of those known here: {', '.join(names)}."

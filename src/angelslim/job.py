@@ -1,0 +1,320 @@
+"""Layer 5: from a resolved configuration and a model to a job whose every choice is made, and its cost.
+
+`prepare` opens the model, asks the method and the format whether they can do what the recipe says, and selects
+the layers: everything that can be refused is refused here, before any work. `estimate` then says what the job
+will do and cost; ``angelslim plan`` prints it and starts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .base.console import chose
+from .base.errors import ConfigError, ResourceError, SchemeError
+from .config.recipe import Resolved
+from .config.schema import Config
+from .config.upstream import Stage, stages
+from .export.base import Exporter, choose
+from .methods.base import PTQ, Blockwise
+from .models.loading import Source, open_model
+from .models.select import Layer, Selection, select
+from .numerics.quantize import quantize, tile_of
+from .numerics.scheme import Scheme
+
+KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
+NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of the output that is written, and resumed, as a whole."""
+
+    name: str
+    block: int | None
+    tensors: tuple[str, ...]  # checkpoint tensors that go into it
+
+
+@dataclass
+class Job:
+    """One compression, decided down to the last layer; nothing has been written."""
+
+    resolved: Resolved
+    config: Config
+    source: Source
+    stage: Stage
+    scheme: Scheme
+    method: Blockwise
+    selection: Selection
+    format: str
+    exporter: Exporter
+    device: torch.device
+    units: tuple[Unit, ...]
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model has to run."""
+        return self.method.needs_data(self.scheme)
+
+    @property
+    def name(self) -> str:
+        """What the report calls the method: the public name when the recipe has one."""
+        compression = self.config.compression[0]
+        named = compression.quantization.name if compression.quantization else None
+        return named or self.stage.method
+
+    def fingerprint(self) -> str:
+        """Identify the output: equal fingerprints give equal weights."""
+        settings = self.config.model_dump(mode="json", exclude={"global_": {"save_path"}, "evaluation": True})
+        files = {info.file for info in self.source.checkpoint.tensors.values()}
+        sizes = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        parts = [settings, sizes, str(self.source.folder.resolve()), __version__, torch.__version__, str(self.device)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
+    """Make every choice of a run; refuse what cannot be done."""
+    config = resolved.config
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "Token pruning and the flat collection scripts are understood but not built yet.",
+            fix="`angelslim ls` shows what runs today.",
+        )
+    stage = _only_stage(stages(config))
+    reference = model or config.model.model_path
+    if not reference:
+        raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
+    assert stage.scheme is not None
+    method = PTQ.get(stage.method)(stage.options)
+    quantization = config.compression[0].quantization
+    assert quantization is not None
+    format_name, exporter = choose(stage.scheme, quantization.format)
+    source = open_model(reference, trust_remote_code=config.model.trust_remote_code)
+    _check_dtype(config, source)
+    selection = select(
+        source,
+        stage.scheme,
+        ignore=stage.ignore,
+        head=quantization.quantize_lm_head,
+        towers=("vision", "projector", "audio") if quantization.quant_vit else (),
+    )
+    if not selection.layers:
+        raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
+    if method.needs_data(stage.scheme) and selection.in_block(None):
+        raise SchemeError(
+            f"{selection.in_block(None)[0].name!r} lies outside the blocks and cannot get a static activation scale.",
+            fix="Leave the head in full precision, or use a dynamic scheme.",
+        )
+    device = _device(config.global_.device)
+    units = _units(source)
+    return Job(resolved, config, source, stage, stage.scheme, method, selection, format_name, exporter, device, units)
+
+
+def _only_stage(found: Sequence[Stage]) -> Stage:
+    for stage in found:
+        if stage.kind != "ptq" or stage.method not in PTQ or stage.scheme is None:
+            raise ConfigError(
+                f"Understood, but not built yet: {stage.kind} method {stage.method!r}.",
+                fix=f"Built methods: {', '.join(PTQ)}; `angelslim ls` lists the recipes that run.",
+            )
+    if len(found) != 1:
+        what = "names no compression" if not found else f"asks for {len(found)} quantizations of the same weights"
+        raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
+    return found[0]
+
+
+def _check_dtype(config: Config, source: Source) -> None:
+    wanted = str(config.model.torch_dtype)
+    if wanted not in ("auto", str(source.dtype).removeprefix("torch."), "None"):
+        raise ConfigError(
+            f"model.torch_dtype is {wanted}, the checkpoint is {source.dtype}.",
+            fix="Use auto; converting while compressing is not supported.",
+        )
+
+
+def _device(wanted: str | None) -> torch.device:
+    if wanted:
+        try:
+            device = torch.device(wanted)
+        except RuntimeError as error:
+            raise ConfigError(f"global.device {wanted!r} is no device.", fix="Use cpu or cuda.") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("global.device asks for CUDA, and no GPU is visible.", fix="Use device cpu.")
+        return device
+    if torch.cuda.is_available():
+        chose("device cuda", "a GPU is visible")
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _units(source: Source, outside_bytes: int = 256 * 2**20) -> tuple[Unit, ...]:
+    blocks: dict[int, list[str]] = {}
+    outside: list[list[str]] = [[]]
+    filled = 0
+    for tensor, info in source.checkpoint.tensors.items():
+        target = source.targets.get(tensor)
+        block = source.structure.block_of(target.parameter) if target else None
+        if block is not None:
+            blocks.setdefault(block, []).append(tensor)
+            continue
+        if outside[-1] and filled + info.nbytes > outside_bytes:
+            outside.append([])
+            filled = 0
+        outside[-1].append(tensor)
+        filled += info.nbytes
+    units = [Unit(f"block-{index:05d}", index, tuple(names)) for index, names in sorted(blocks.items())]
+    units += [Unit(f"outside-{i:05d}", None, tuple(names)) for i, names in enumerate(outside) if names]
+    return tuple(units)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do and what it will cost. Bytes, seconds; estimates are marked so where printed."""
+
+    model: str
+    model_type: str
+    method: str
+    scheme: str
+    format: str
+    parameters: int
+    layers: dict[str, int]  # role ("mlp.down_proj") -> how many are quantized
+    skipped: dict[str, str]
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    peak_memory: int
+    disk: int
+    seconds: float
+    samples: int
+    max_length: int
+    files: int
+    warnings: list[str]
+
+    def to_json(self) -> str:
+        """Serialise for programs."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+
+def estimate(job: Job) -> Plan:
+    """Predict the job's cost from shapes and a measurement of this machine of about half a second."""
+    tensors = job.source.checkpoint.tensors
+    weights = {layer.tensor: layer for layer in job.selection.layers}
+    stored = sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in weights.values())
+    kept = sum(info.nbytes for name, info in tensors.items() if name not in weights)
+    count = sum(layer.shape[0] * layer.shape[1] for layer in weights.values())
+    tokens = job.config.dataset.num_samples * job.config.dataset.max_seq_length if job.calibrates else 0
+    return Plan(
+        model=job.source.name,
+        model_type=job.source.structure.model_type,
+        method=job.name,
+        scheme=str(job.scheme),
+        format=job.exporter.describe(job.scheme),
+        parameters=sum(torch.Size(info.shape).numel() for info in tensors.values()),
+        layers=dict(Counter(_role(layer, job.source) for layer in weights.values())),
+        skipped=job.selection.skipped,
+        bits_per_weight=8 * stored / count,
+        bytes_before=job.source.checkpoint.nbytes,
+        bytes_after=stored + kept,
+        peak_memory=peak_memory(job),
+        disk=disk_needed(job, stored + kept),
+        seconds=_seconds(job, count, tokens),
+        samples=job.config.dataset.num_samples if job.calibrates else 0,
+        max_length=job.config.dataset.max_seq_length if job.calibrates else 0,
+        files=max(1, -(-(stored + kept) // job.config.global_.max_shard_size)),
+        warnings=job.resolved.warnings,
+    )
+
+
+def _role(layer: Layer, source: Source) -> str:
+    if layer.block is None:
+        return layer.name
+    return ".".join(part for part in layer.name.split(f".{layer.block}.", 1)[-1].split(".") if not part.isdigit())
+
+
+def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
+    quant = layer.scheme.weight
+    rows, columns = tile_of(quant.granularity, layer.shape)
+    tiles = -(-layer.shape[0] // rows) * -(-layer.shape[1] // columns)
+    scale_bytes = dtype.itemsize if quant.format.bits < 8 else 4
+    zero_bits = 0 if quant.symmetric else quant.format.bits
+    return layer.shape[0] * layer.shape[1] * quant.format.bits // 8 + tiles * scale_bytes + tiles * zero_bits // 8
+
+
+def activation_bytes(job: Job) -> int:
+    """Bytes of one generation of hidden states."""
+    hidden: int = job.source.config.get_text_config().hidden_size
+    data = job.config.dataset
+    return data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize if job.calibrates else 0
+
+
+def peak_memory(job: Job) -> int:
+    """Resident bytes: the libraries, the largest unit with its result, float32 copies of the largest layer."""
+    tensors = job.source.checkpoint.tensors
+    quantized = {layer.tensor for layer in job.selection.layers}
+    unit_bytes = []
+    for unit in job.units:
+        whole = sum(tensors[name].nbytes for name in unit.tensors)
+        kept = sum(tensors[name].nbytes for name in unit.tensors if name not in quantized)
+        written = kept + sum(_stored_bytes(x, tensors[x.tensor].dtype) for x in job.selection.layers if x.block == unit.block)
+        unit_bytes.append((whole if job.calibrates and unit.block is not None else 0) + written)
+    largest = max(layer.shape[0] * layer.shape[1] for layer in job.selection.layers)
+    embedding = max((tensors[name].nbytes for name in tensors if name not in quantized), default=0)
+    activations = min(activation_bytes(job), job.config.global_.activation_budget)
+    working = max(max(unit_bytes) + 6 * 4 * largest, embedding if job.calibrates else 0)
+    return 650 * 2**20 + working + activations
+
+
+def disk_needed(job: Job, output: int) -> int:
+    """Bytes written at the worst moment: units and the shard being joined, plus two generations of activations."""
+    shard = min(output, job.config.global_.max_shard_size)
+    return output + shard + 2 * activation_bytes(job)
+
+
+def check_disk(job: Job, out: Path) -> None:
+    """Refuse a run that would fill the disk."""
+    folder = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(folder).free
+    needed = estimate_output(job) + 64 * 2**20
+    if needed > free:
+        raise ResourceError(
+            f"The run needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
+            fix="Choose another --out, or use fewer or shorter calibration samples.",
+        )
+
+
+def estimate_output(job: Job) -> int:
+    """Bytes that the run needs on disk."""
+    tensors = job.source.checkpoint.tensors
+    weights = {layer.tensor: layer for layer in job.selection.layers}
+    stored = sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in weights.values())
+    kept = sum(info.nbytes for name, info in tensors.items() if name not in weights)
+    return disk_needed(job, stored + kept)
+
+
+def _seconds(job: Job, weights: int, tokens: int) -> float:
+    """Time a small product and a small rounding on this device, and scale."""
+    side = 1024
+    matrix = torch.randn(side, side, device=job.device, dtype=job.source.dtype)
+    quant = job.scheme.weight
+    rates = []
+    for work in (lambda: matrix @ matrix, lambda: quantize(matrix, quant).dequantize().double().norm().item()):
+        work()
+        start = time.perf_counter()
+        for _ in range(3):
+            work()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append((time.perf_counter() - start) / 3)
+    product, rounding = rates
+    forward = 2 * weights * tokens / (2 * side**3) * product
+    return 5 + forward + 4 * weights / side**2 * rounding + job.source.checkpoint.nbytes / 400e6

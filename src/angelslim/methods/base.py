@@ -1,0 +1,40 @@
+"""What a method is. There are three kinds, and nothing else:
+
+* **Blockwise** gets one decoder block at a time with its calibration inputs and hands in quantized layers
+  (post-training quantization and the transforms before it).
+* **Trained** gives a loss to the one training loop (quantization-aware training, distillation, drafts).
+* **Attached** puts removable hooks on a loaded model (sparse attention, token pruning).
+
+A module in ``methods/ptq/`` defines ``METHOD``, a class with the `Blockwise` protocol; its file name is the
+name that recipes use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..base.registry import Registry
+from ..models.walk import Block
+from ..numerics.scheme import Scheme
+
+
+class Blockwise(Protocol):
+    """Quantizes the layers of one block after another.
+
+    The engine calls `process` once for each block in order, and for the layers outside the blocks. With
+    calibration data, `block.advance` runs the samples through the block; the engine calls it if `process` has
+    not.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """Take the method's options from the recipe; wrong values are a `ConfigError`."""
+
+    def needs_data(self, scheme: Scheme) -> bool:
+        """Say whether calibration samples are needed; without them the model never runs."""
+
+    def process(self, block: Block) -> None:
+        """Quantize every layer of `block` and hand each in with `block.emit`."""
+
+
+PTQ: Registry[type[Blockwise]] = Registry("method", "angelslim.methods.ptq", "METHOD")

@@ -1,0 +1,1 @@
+"""Post-training quantization: each module is one algorithm and works with any scheme."""

@@ -1,0 +1,275 @@
+"""Open a model folder without loading it: configuration, lazy weights, an empty model to fill block by block.
+
+`open_model` builds the network with parameters on the meta device (no memory) but real buffers (rotary
+tables), maps every checkpoint tensor to the parameter it feeds, and hands out a `Source` from which single
+modules are materialised and freed again. transformers' own conversion rules do the mapping, so renamed and
+fused layouts (per-expert matrices stacked into one parameter) need no code here.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import ModelError, did_you_mean
+from .builtin import BUILTIN, builtin_model
+from .checkpoint import Checkpoint
+from .structure import PROBE, Structure, discover, register_probe
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint tensor goes: a parameter, directly or through a conversion rule's `pattern`."""
+
+    parameter: str
+    pattern: str | None = None
+
+
+@dataclass
+class Source:
+    """An opened model: nothing is in memory until a module is materialised."""
+
+    name: str  # as the user named it
+    folder: Path
+    config: Any
+    checkpoint: Checkpoint
+    model: Any  # transformers model, parameters on the meta device
+    targets: dict[str, Target] = field(default_factory=dict)  # checkpoint tensor -> parameter
+    rules: dict[str, Any] = field(default_factory=dict)  # conversion pattern -> transformers rule
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The model's blocks, groups, experts and towers."""
+        return discover(probe_model(self.config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type the model computes in."""
+        return torch_dtype(self.config)
+
+    @cached_property
+    def tensors_of(self) -> dict[str, list[str]]:
+        """Parameter -> the checkpoint tensors that feed it, in natural order."""
+        from transformers.core_model_loading import dot_natural_key
+
+        feeds: dict[str, list[str]] = {}
+        for tensor in sorted(self.targets, key=dot_natural_key):
+            feeds.setdefault(self.targets[tensor].parameter, []).append(tensor)
+        return feeds
+
+    def parameter(self, name: str) -> dict[str, Tensor]:
+        """Read what a parameter needs; a conversion may fill several parameters at once."""
+        tensors = self.tensors_of.get(name)
+        if not tensors:
+            raise ModelError(
+                f"{self.folder} holds no weights for {name!r}.",
+                fix="The checkpoint and config.json do not belong together, or a shard is missing.",
+            )
+        pattern = self.targets[tensors[0]].pattern
+        if pattern is None:
+            return {name: self.checkpoint.read(tensors[0])}
+        rule = deepcopy(self.rules[pattern])
+        for tensor in tensors:
+            source_pattern = self.targets[tensor].pattern
+            rule.add_tensor(name, tensor, source_pattern, self.checkpoint.read(tensor))
+        filled = rule.convert(name, model=self.model, config=self.config)
+        return {key: value[0] if isinstance(value, list) else value for key, value in filled.items()}
+
+    def materialize(self, path: str, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+        """Fill the parameters of the module at `path` from disk; returns the module."""
+        module: nn.Module = self.model.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        pending = {prefix + name for name, value in module.named_parameters() if value.is_meta}
+        while pending:
+            name = min(pending)
+            filled = self.parameter(self._tied(name))
+            if self._tied(name) != name:
+                filled = {name: next(iter(filled.values()))}
+            for key, value in filled.items():
+                self._fill(key, value.to(device=device, dtype=self._kept_dtype(key, value, dtype)))
+                pending.discard(key)
+        module.to(device=device)
+        return module
+
+    def _kept_dtype(self, name: str, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+        declared = self.model.get_parameter(name).dtype  # families that keep routers in fp32 declare it
+        return declared if dtype is None or declared == torch.float32 else dtype
+
+    def _tied(self, name: str) -> str:
+        if name in self.tensors_of or not getattr(self.config, "tie_word_embeddings", False):
+            return name
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return tied.get(name, name)
+
+    def _fill(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        expected = self.model.get_parameter(name).shape
+        if value.shape != expected:
+            raise ModelError(
+                f"{self.folder}: {name!r} has shape {list(value.shape)}, config.json asks for {list(expected)}.",
+                fix="Use the config.json that belongs to these weights.",
+            )
+        self.model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def free(self, path: str) -> None:
+        """Return the parameters below `path` to the meta device."""
+        module = self.model.get_submodule(path)
+        for child in module.modules():
+            for leaf, value in child._parameters.items():
+                if value is not None and not value.is_meta:
+                    empty = torch.empty_like(value, device="meta")
+                    child._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+def torch_dtype(config: Any) -> torch.dtype:
+    """The type that config.json declares for the weights; float32 when it declares none."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def resolve(reference: str | Path) -> Path:
+    """Return the folder of a built-in name, a path, or a hub id that is already in the local cache."""
+    name = str(reference)
+    if name in BUILTIN:
+        return builtin_model(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder} has no config.json.", fix="Point to a complete Hugging Face model folder.")
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file.", fix="Give the folder that holds config.json and the weights.")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name)
+    raise ModelError(
+        f"No model {name!r}: neither a folder nor a built-in name.", fix=did_you_mean(name, BUILTIN)
+    )
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # hub errors derive from these: offline, unknown id, bad name
+        raise ModelError(
+            f"No folder {name!r} here, and the hub could not provide a model of that name ({type(error).__name__}).",
+            fix="Check the path, or download the model first.",
+        ) from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Read config.json through transformers; an unknown architecture is a `ModelError`."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            fix = "It brings its own code. If you trust it, set model.trust_remote_code=true."
+        else:
+            model_type = _declared_type(folder)
+            fix = did_you_mean(model_type, CONFIG_MAPPING_NAMES) if len(model_type) > 3 else ""
+            fix = fix if fix.startswith("Did") else "Update transformers, or check config.json."
+            text = f"model_type {model_type!r}" if model_type not in CONFIG_MAPPING_NAMES else text.split("\n")[0]
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {text[:200]}.", fix=fix) from error
+
+
+def _declared_type(folder: Path) -> str:
+    import json
+
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def model_class(config: Any) -> Any:
+    """Return the transformers class of a configuration: the one it names, else its auto class."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    for table in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    ):
+        if type(config) in table:
+            return table[type(config)]
+    raise ModelError(
+        f"The architecture {config.model_type!r} has no generative class in this transformers.",
+        fix="Update transformers, or check `architectures` in config.json.",
+    )
+
+
+def meta_model(config: Any, *, buffers: bool = True) -> Any:
+    """Build the network with parameters on the meta device; `buffers` are real when asked for."""
+    from accelerate import init_empty_weights
+
+    config = deepcopy(config)
+    with init_empty_weights(include_buffers=not buffers):
+        return model_class(config)._from_config(config, dtype=torch_dtype(config)).eval()
+
+
+def probe_model(config: Any) -> Any:
+    """Build the network wholly on the meta device, with the attention that only knows shapes."""
+    register_probe()
+    config = deepcopy(config)
+    options = {"attn_implementation": PROBE, "experts_implementation": "batched_mm"}
+    with torch.device("meta"):
+        try:
+            return model_class(config)._from_config(config, **options).eval()
+        except ValueError:  # a family without switchable experts
+            return model_class(config)._from_config(config, attn_implementation=PROBE).eval()
+
+
+def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """Open a model by folder, hub id or built-in name; reads headers only."""
+    folder = resolve(reference)
+    config = load_config(folder, trust_remote_code)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ModelError(
+            f"{folder} is already quantized ({method}).", fix="Start from the full-precision model instead."
+        )
+    return open_with(str(reference), folder, config, Checkpoint(folder))
+
+
+def open_with(name: str, folder: Path, config: Any, checkpoint: Checkpoint) -> Source:
+    """Open a model from a configuration and a checkpoint that is already open."""
+    source = Source(name, folder, config, checkpoint, meta_model(config))
+    _map_tensors(source)
+    return source
+
+
+def _map_tensors(source: Source) -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = source.model
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    source.rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    parameters = model.state_dict()
+    for tensor in source.checkpoint.tensors:
+        renamed, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
+        if renamed not in parameters and tensor in parameters:
+            renamed, pattern = tensor, None
+        if renamed in parameters:
+            source.targets[tensor] = Target(renamed, pattern)

@@ -1,0 +1,139 @@
+"""Decide which tensors of a checkpoint are quantized, and say why the others are not.
+
+Names are those of the checkpoint (what engines load), without the trailing ``.weight``. Per-expert matrices
+that transformers stacks into one parameter are layers of their own here, because that is how they are stored
+and how engines read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..base.errors import SchemeError
+from ..config.ignore import matches
+from ..numerics.quantize import tile_of
+from ..numerics.scheme import Scheme
+from .loading import Source
+from .structure import Group
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix to be quantized."""
+
+    name: str  # "model.layers.0.mlp.down_proj"
+    tensor: str  # checkpoint tensor, "model.layers.0.mlp.down_proj.weight"
+    module: str | None  # path of its nn.Linear; None for one expert of a fused stack
+    shape: tuple[int, int]  # (out, in)
+    block: int | None  # decoder block, None outside the stack
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What will be quantized, and the reason for every matrix that will not."""
+
+    layers: tuple[Layer, ...]
+    skipped: dict[str, str]
+
+    def in_block(self, block: int | None) -> tuple[Layer, ...]:
+        """Return the layers of one decoder block, or those outside the stack for None."""
+        return tuple(layer for layer in self.layers if layer.block == block)
+
+
+def select(
+    source: Source,
+    scheme: Scheme,
+    *,
+    ignore: Sequence[str] = (),
+    head: bool = False,
+    towers: Iterable[str] = (),
+) -> Selection:
+    """Choose the layers of a model for one scheme.
+
+    The head is quantized only when asked for, towers (``"vision"``, ``"audio"``, ``"projector"``) likewise,
+    embeddings never are matrices of a linear. A scheme whose groups do not fit is refused at once, naming every
+    offending layer.
+    """
+    wanted_towers = set(towers)
+    layers: list[Layer] = []
+    skipped: dict[str, str] = {}
+    for tensor, info in source.checkpoint.tensors.items():
+        if len(info.shape) < 2:
+            continue
+        name = tensor.removesuffix(".weight")
+        module, reason = _destination(source, tensor)
+        if not reason:
+            reason = _refusal(source, name, module or name, ignore, head, wanted_towers)
+        if reason:
+            skipped[name] = reason
+            continue
+        shape = (info.shape[0], info.shape[1])
+        path = source.targets[tensor].parameter
+        layers.append(Layer(name, tensor, module, shape, source.structure.block_of(path), scheme))
+    _check_fit(layers)
+    return Selection(tuple(layers), skipped)
+
+
+def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
+    """Return (module path, reason to skip); a module of None is one expert of a stack."""
+    target = source.targets.get(tensor)
+    if target is None:
+        return None, "not part of the transformers model; carried over"
+    info = source.checkpoint.tensors[tensor]
+    if target.pattern is not None or not target.parameter.endswith(".weight"):
+        stacked = any(target.parameter.startswith(experts.path + ".") for experts in source.structure.experts)
+        if stacked and len(info.shape) == 2 and tensor.endswith(".weight"):
+            return None, ""
+        return None, "experts stored as one stack" if stacked else "not the weight of a linear layer"
+    module = target.parameter.removesuffix(".weight")
+    if isinstance(source.model.get_submodule(module), nn.Embedding):
+        return None, "embedding"
+    if module not in source.structure.linears:
+        return None, "not the weight of a linear layer"
+    return module, ""
+
+
+def _refusal(
+    source: Source, name: str, module: str, ignore: Sequence[str], head: bool, towers: set[str]
+) -> str:
+    structure = source.structure
+    pattern = next((entry for entry in ignore if matches(entry, name) or matches(entry, module)), None)
+    tower = structure.tower_of(module)
+    if module == structure.head:
+        return "" if head else "head (ask with quantize_lm_head: true)"
+    if pattern is not None:
+        return f"ignore_layers: {pattern}"
+    if module in structure.keep:
+        return "router, kept in full precision"
+    if tower is not None and tower not in towers:
+        return f"{tower} tower" if tower != "projector" else "projector"
+    if tower is None and structure.block_of(module) is None:
+        return "outside the decoder blocks"
+    return ""
+
+
+def _check_fit(layers: Sequence[Layer]) -> None:
+    problems: dict[str, list[str]] = {}
+    for layer in layers:
+        try:
+            tile_of(layer.scheme.weight.granularity, layer.shape)
+        except SchemeError as error:
+            problems.setdefault(f"{error.what}|{error.fix}", []).append(layer.name)
+    for message, names in problems.items():
+        what, fix = message.split("|")
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise SchemeError(f"{what} Layers: {shown}.", fix=fix)
+
+
+def groups_by_linear(source: Source) -> dict[str, Group]:
+    """Return, for each linear inside the blocks, the group it belongs to."""
+    return {
+        linear: group
+        for groups in source.structure.groups.values()
+        for group in groups
+        for linear in group.linears
+    }

@@ -1,0 +1,233 @@
+"""The block stream: one decoder block in memory at a time, fed with its calibration inputs.
+
+First a *skeleton* pass runs the model with its blocks replaced by recorders: only the embedding is loaded, and
+each block's call arguments (rotary tables, masks, which differ between layer types) are noted per sample. Then
+the blocks are walked: a block's weights are read from disk, the samples run through it, the method observes and
+quantizes, the block is freed. Memory is one block plus the activations' budget, whatever the depth.
+
+Samples run one by one at their own length, so no padding exists and none can enter a statistic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.errors import ModelError
+from ..numerics.error import Histogram, LayerRecord, relative_error, sqnr_db
+from ..numerics.quantize import Quantized
+from .activations import ActivationStore
+from .loading import Source
+from .select import Layer
+from .structure import Group
+
+Observe = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A method's result for one layer: its codes and scales, the static input scale if any, its record."""
+
+    layer: Layer
+    weight: Quantized
+    input_scale: Tensor | None
+    record: LayerRecord
+
+
+@dataclass
+class Block:
+    """What a blockwise method works on: the layers of one block, and the means to run it.
+
+    Without calibration data `samples` is 0 and only `weight` and `emit` may be used.
+    """
+
+    source: Source
+    index: int | None
+    layers: tuple[Layer, ...]
+    groups: dict[str, Group]  # linear's module path -> its group
+    samples: int = 0
+    stream: BlockStream | None = None
+    results: list[QuantizedLayer] = field(default_factory=list)
+    advanced: bool = False
+
+    def weight(self, layer: Layer) -> Tensor:
+        """Return a layer's weight ``[out, in]``, refusing NaN and infinity."""
+        if layer.module is not None and self.samples:
+            weight: Tensor = self.source.model.get_submodule(layer.module).weight
+        else:
+            weight = self.source.checkpoint.read(layer.tensor)
+        if not weight.isfinite().all():
+            raise ModelError(
+                f"The weight {layer.tensor!r} holds NaN or infinity.",
+                fix="The source model is damaged; restore this tensor or add the layer to ignore_layers.",
+            )
+        return weight
+
+    def advance(self, observe: Mapping[str, Observe] | None = None) -> None:
+        """Run all samples through the block as it is now and keep the outputs as the next block's inputs.
+
+        `observe` maps module paths of linears to functions that receive each of their inputs ``[tokens, in]``.
+        """
+        assert self.stream is not None and self.index is not None
+        self.stream.run(self.index, observe or {}, keep=True)
+        self.advanced = True
+
+    def emit(
+        self,
+        layer: Layer,
+        original: Tensor,
+        weight: Quantized,
+        input_scale: Tensor | None = None,
+        activations: Histogram | None = None,
+    ) -> None:
+        """Hand in a layer's result, with the weight it replaces for the record."""
+        restored = weight.dequantize()
+        record = LayerRecord(
+            name=layer.name,
+            block=layer.block,
+            scheme=str(layer.scheme),
+            shape=layer.shape,
+            bits_per_weight=weight.bits_per_weight,
+            sqnr_db=sqnr_db(original, restored),
+            relative_error=relative_error(original, restored),
+            weights=Histogram.of(original, restored),
+            activations=activations,
+            input_scale=None if input_scale is None else float(input_scale),
+        )
+        self.results.append(QuantizedLayer(layer, weight, input_scale, record))
+
+
+class BlockStream:
+    """Walks the blocks of an opened model with calibration samples ``[1, tokens]`` of token ids."""
+
+    def __init__(
+        self, source: Source, samples: Sequence[Tensor], store: ActivationStore, device: torch.device
+    ) -> None:
+        self.source, self.samples, self.store, self.device = source, list(samples), store, device
+        self.blocks = source.structure.blocks
+        self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # sample -> block -> call
+        self._interned: dict[str, Tensor] = {}
+
+    def prepare(self, first: int) -> None:
+        """Run the skeleton; generation 0 is stored unless the walk continues at block `first` > 0."""
+        for sample, ids in enumerate(self.samples):
+            hidden, calls = self._record(ids)
+            self._calls.append(calls)
+            if first == 0:
+                self.store.put(0, sample, hidden)
+        self.source.free("")
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[nn.Module]:
+        """Hold one block's weights in memory."""
+        path = self.blocks[index]
+        try:
+            yield self.source.materialize(path, self.device)
+        finally:
+            self.source.free(path)
+
+    def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool) -> None:
+        """Run every sample through block `index`; `keep` stores the outputs as the next generation."""
+        module = self.source.model.get_submodule(self.blocks[index])
+        hooks = [
+            self.source.model.get_submodule(path).register_forward_pre_hook(_observer_hook(function))
+            for path, function in observe.items()
+        ]
+        try:
+            with torch.no_grad():
+                for sample in range(len(self.samples)):
+                    args, kwargs = self._calls[sample][index]
+                    hidden = self.store.get(index, sample).to(self.device)
+                    output = module(hidden, *args, **kwargs)
+                    output = output[0] if isinstance(output, tuple) else output
+                    if not output.isfinite().all():
+                        raise ModelError(
+                            f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
+                            fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
+                        )
+                    if keep:
+                        self.store.put(index + 1, sample, output)
+                        self.store.drop(index, sample)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _record(self, ids: Tensor) -> tuple[Tensor, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
+        model = self.source.model
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        first: list[Tensor] = []
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        modules = [model.get_submodule(path) for path in self.blocks]
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if index == 0:
+                    first.append(hidden)
+                calls[index] = (self._intern(args, seen), self._intern(kwargs, seen))
+                if index == len(modules) - 1:
+                    raise _Recorded
+                return (hidden,) if self.source.structure.tuple_outputs else hidden
+
+            return forward
+
+        hooks = self._fill_on_demand()
+        for index, module in enumerate(modules):
+            module.forward = recorder(index)
+        try:
+            with torch.no_grad():
+                model(input_ids=ids.to(self.device), use_cache=False)
+        except _Recorded:
+            pass
+        finally:
+            for module in modules:
+                del module.forward
+            for hook in hooks:
+                hook.remove()
+        return first[0], calls
+
+    def _fill_on_demand(self) -> list[Any]:
+        """Let modules outside the blocks read their weights when first called (the embedding, mostly)."""
+        handles = []
+        for name, module in self.source.model.named_modules():
+            outside = self.source.structure.block_of(name) is None and name not in self.blocks
+            if outside and any(value.is_meta for value in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(self._filler(name)))
+        return handles
+
+    def _filler(self, name: str) -> Callable[..., None]:
+        def fill(_module: nn.Module, _args: Any) -> None:
+            self.source.materialize(name, self.device)
+
+        return fill
+
+    def _intern(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
+        """Share equal tensors between samples and blocks: rotary tables are stored once a length."""
+        if isinstance(value, Tensor):
+            if id(value) not in seen:
+                raw = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+                digest = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
+                shared = self._interned.setdefault(f"{value.shape}{value.dtype}{digest}", value)
+                seen[id(value)] = (value, shared)  # holding the value keeps its id from being used again
+            return seen[id(value)][1]
+        if isinstance(value, tuple):
+            return tuple(self._intern(item, seen) for item in value)
+        if isinstance(value, dict):
+            return {key: self._intern(item, seen) for key, item in value.items()}
+        return value
+
+
+class _Recorded(Exception):  # noqa: N818 - not an error: the last block's call ends the skeleton pass
+    """Raised when the last block has been recorded."""
+
+
+def _observer_hook(function: Observe) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        function(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    return hook

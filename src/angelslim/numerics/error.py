@@ -1,0 +1,74 @@
+"""How much a quantized tensor differs from the original: SQNR, relative error, histograms.
+
+SQNR (signal to quantization noise ratio, in dB) is ``10 log10(sum x^2 / sum (x - q)^2)``: each bit of an
+integer format is worth about 6 dB.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 64
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of a tensor's values before and after quantization over the same equal bins of [low, high]."""
+
+    low: float
+    high: float
+    before: list[int]
+    after: list[int]
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor, bins: int = BINS) -> Histogram:
+        """Bin two tensors of one shape over the range of the first."""
+        low, high = (float(value) for value in torch.aminmax(before.float()))
+        high = high if high > low else low + 1.0
+        count = [
+            torch.histc(tensor.float().clamp(low, high), bins, low, high).long().tolist()
+            for tensor in (before, after)
+        ]
+        return cls(low, high, count[0], count[1])
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What quantization did to one linear layer."""
+
+    name: str
+    block: int | None  # decoder block index, None outside the stack
+    scheme: str
+    shape: tuple[int, int]  # (out, in)
+    bits_per_weight: float  # stored bits, scales and zero points included
+    sqnr_db: float
+    relative_error: float  # ||W - Q||_F / ||W||_F
+    weights: Histogram | None = None
+    activations: Histogram | None = None
+    input_scale: float | None = None  # static per-tensor activation scale
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> LayerRecord:
+        """Rebuild from the dictionary that ``dataclasses.asdict`` made, also after JSON."""
+        histograms = {
+            key: Histogram(**raw[key]) if raw.get(key) else None for key in ("weights", "activations")
+        }
+        return cls(**{**raw, **histograms, "shape": tuple(raw["shape"])})
+
+
+def sqnr_db(original: Tensor, quantized: Tensor) -> float:
+    """Return the signal to quantization noise ratio in dB; infinite when nothing was lost."""
+    signal = original.double().square().sum().item()
+    noise = (original.double() - quantized.double()).square().sum().item()
+    return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def relative_error(original: Tensor, quantized: Tensor) -> float:
+    """Return ``||original - quantized|| / ||original||`` in the Frobenius norm (0 for a zero tensor)."""
+    norm = original.double().norm().item()
+    return (original.double() - quantized.double()).norm().item() / norm if norm else 0.0

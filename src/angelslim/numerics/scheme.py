@@ -1,0 +1,140 @@
+"""A quantization scheme is a value, not a name.
+
+`Format` says which numbers exist, `Granularity` how many of them share a scale, `Quant` joins the two for one
+tensor role, and `Scheme` joins the roles of a linear layer: weight, input, KV cache. Every algorithm works
+with any scheme; every export format answers whether it can hold one. This module imports no torch, so that
+configuration can be checked in milliseconds.
+
+Shapes: a weight is ``[out, in]``, an input ``[tokens, in]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..base.errors import SchemeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Format:
+    """The grid of representable values: ``[-limit_low, limit]`` before scaling."""
+
+    name: str
+    kind: Literal["int", "float"]
+    bits: int
+    low: float  # smallest code value
+    high: float  # largest code value
+
+
+FORMATS = {
+    item.name: item
+    for item in (
+        Format("int4", "int", 4, -8, 7),
+        Format("int8", "int", 8, -128, 127),
+        Format("fp8_e4m3", "float", 8, -448.0, 448.0),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """Look up a number format by name."""
+    if name not in FORMATS:
+        raise SchemeError(f"Unknown number format {name!r}.", fix=did_you_mean(name, FORMATS))
+    return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share one scale.
+
+    ====================  ==========================================================
+    ``tensor``            one scale
+    ``channel``           one per output row: ``[out, 1]``
+    ``token``             one per input row: ``[tokens, 1]``
+    ``group`` of g        one per g neighbours of a row: ``[rows, in / g]``
+    ``block`` of r x c    one per tile: ``[ceil(out / r), ceil(in / c)]``
+    ====================  ==========================================================
+    """
+
+    kind: Literal["tensor", "channel", "token", "group", "block"]
+    rows: int = 0  # block only
+    columns: int = 0  # group size, or the block's width
+
+    def __str__(self) -> str:
+        if self.kind == "group":
+            return f"per-group {self.columns}"
+        if self.kind == "block":
+            return f"per-block {self.rows}x{self.columns}"
+        return f"per-{self.kind}"
+
+
+PER_TENSOR = Granularity("tensor")
+PER_CHANNEL = Granularity("channel")
+PER_TOKEN = Granularity("token")
+
+
+def per_group(size: int) -> Granularity:
+    """One scale for each run of `size` neighbours along the input dimension."""
+    if size <= 0:
+        raise SchemeError(f"Group size {size} is not positive.", fix="Use 32, 64 or 128, or per-channel.")
+    return Granularity("group", 1, size)
+
+
+def per_block(rows: int, columns: int) -> Granularity:
+    """One scale for each tile of `rows` x `columns`."""
+    if rows <= 0 or columns <= 0:
+        raise SchemeError(f"Block size {rows}x{columns} is not positive.", fix="Use 128x128.")
+    return Granularity("block", rows, columns)
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How one tensor is quantized. `dynamic` scales are computed while the model runs."""
+
+    format: Format
+    granularity: Granularity
+    symmetric: bool = True
+    dynamic: bool = False
+
+    def __str__(self) -> str:
+        words = [self.format.name, str(self.granularity)]
+        words += [] if self.symmetric else ["asymmetric"]
+        words += ["dynamic"] if self.dynamic else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear layer is quantized."""
+
+    weight: Quant
+    input: Quant | None = None
+    kv: Quant | None = None
+
+    def __str__(self) -> str:
+        text = f"W {self.weight}"
+        if self.input:
+            text += f", A {self.input}" + ("" if self.input.dynamic else " static")
+        return text
+
+    @property
+    def needs_data(self) -> bool:
+        """Static activation scales come from calibration data; everything else is known from the weights."""
+        return self.input is not None and not self.input.dynamic
+
+
+_FP8, _INT8, _INT4 = FORMATS["fp8_e4m3"], FORMATS["int8"], FORMATS["int4"]
+PRESETS: dict[str, Scheme] = {
+    "fp8_static": Scheme(Quant(_FP8, PER_TENSOR), Quant(_FP8, PER_TENSOR)),
+    "fp8_dynamic": Scheme(Quant(_FP8, PER_CHANNEL), Quant(_FP8, PER_TOKEN, dynamic=True)),
+    "fp8_block": Scheme(Quant(_FP8, per_block(128, 128)), Quant(_FP8, per_group(128), dynamic=True)),
+    "int8_dynamic": Scheme(Quant(_INT8, PER_CHANNEL), Quant(_INT8, PER_TOKEN, dynamic=True)),
+    "int4": Scheme(Quant(_INT4, per_group(128))),
+}
+
+
+def with_group(scheme: Scheme, size: int) -> Scheme:
+    """Return the scheme with its weight's group size replaced; -1 means one scale a channel."""
+    granularity = PER_CHANNEL if size == -1 else per_group(size)
+    return replace(scheme, weight=replace(scheme.weight, granularity=granularity))

@@ -1,0 +1,49 @@
+"""The report as one HTML file that needs nothing else: no network, no fonts, no scripts from elsewhere.
+
+Everything the record holds is escaped by the template; only the style sheet, the script and the drawings that
+this package made itself go in as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from ..base.errors import DataError
+from .files import write_text
+from .page import context
+from .record import RunRecord
+
+
+def template(name: str) -> str:
+    """Read a file of the package's ``templates`` folder."""
+    return (files(__package__) / "templates" / name).read_text("utf-8")
+
+
+def render_html(records: Sequence[RunRecord]) -> str:
+    """Return the page for one run, or the comparison of several."""
+    if not records:
+        raise DataError("There is no run to report on.", fix="Give at least one output folder.")
+    environment = Environment(
+        loader=DictLoader({"page": template("report.html.j2")}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    values = context(records)
+    for chart in values["charts"] + [chart for run in values["runs"] for chart in run["histograms"]]:
+        chart["svg"] = Markup(chart["svg"])  # noqa: S704  drawn by this package, its texts escaped
+    for run in values["runs"]:
+        run["grid"] = Markup(run["grid"])  # noqa: S704  as above
+    assets = {name: Markup(template(f"report.{name}")) for name in ("css", "js")}  # noqa: S704  package files
+    return environment.get_template("page").render(**values, **assets)
+
+
+def write_html(records: Sequence[RunRecord], path: Path) -> Path:
+    """Write the page to `path`; equal records give equal bytes."""
+    return write_text(path, render_html(records))

@@ -1,0 +1,246 @@
+"""The charts of the report: error by block and role, histograms, bars, quality against size.
+
+Each function returns one inline SVG (see `drawing`), or an empty string when the record has nothing to show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..evaluate.base import Score
+from ..numerics.error import Histogram, LayerRecord
+from . import words
+from .drawing import AFTER, BEFORE, INK, LEVEL_INKS, LEVELS, LINE, MUTED, SURFACE, canvas, place, to_svg
+from .layers import grid, short_roles
+from .record import RunRecord
+from .rows import Row
+
+PAGE = 1000  # widest chart in pixels
+CELL = 26  # height of a grid row and of a bar's row
+CHARACTER = 7.2  # a generous width of one character at 12 pixels
+
+
+def error_grid(layers: Sequence[LayerRecord]) -> str:
+    """Draw SQNR (dB) as a grid of blocks x roles."""
+    cells = grid(layers)
+    names = short_roles(list(cells))
+    return _grid({names[role]: row for role, row in cells.items()}, "by block and role")
+
+
+def runs_grid(runs: Mapping[str, RunRecord]) -> str:
+    """Draw the SQNR (dB) of each block's worst layer as a grid of blocks x runs."""
+    worst = {}
+    for name, record in runs.items():
+        rows = grid(record.layers).values()
+        blocks = sorted({block for row in rows for block in row})
+        worst[_shorten(name, 24)] = {b: min(row[b] for row in rows if b in row) for b in blocks}
+    return _grid(worst, "of the worst layer of each block by run")
+
+
+def _grid(cells: Mapping[str, Mapping[int, float]], what: str) -> str:
+    """Draw one row of blocks for each entry; the darker (in the dark theme: lighter) the worse."""
+    values = [value for row in cells.values() for value in row.values() if math.isfinite(value)]
+    if not values:
+        return ""
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    high = high if high > low else low + 1
+    blocks = sorted({block for row in cells.values() for block in row})
+    left = 16 + CHARACTER * max(map(len, cells))
+    cell = min(72.0, (PAGE - left - 8) / len(blocks))
+    with canvas(left + cell * len(blocks) + 8, 28 + CELL * len(cells) + 46) as (figure, axes):
+        place(axes, left, 8, 4, 70)
+        for y, row in enumerate(cells.values()):
+            for x, block in enumerate(blocks):
+                if block in row:
+                    _cell(axes, x, y, row[block], (low, high), cell)
+        axes.set(xlim=(0, len(blocks)), ylim=(len(cells), 0))
+        every = math.ceil(24 / cell)
+        axes.set_xticks([x + 0.5 for x in range(0, len(blocks), every)], [str(b) for b in blocks[::every]])
+        axes.set_yticks([y + 0.5 for y in range(len(cells))], list(cells))
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("decoder block", loc="left")
+        _legend(figure, left, low, high)
+        return to_svg(figure, f"Signal to noise ratio {what}")
+
+
+def _level(value: float, low: float, high: float) -> int:
+    """Return the colour of an SQNR: 0 is the best seventh of the range."""
+    if not math.isfinite(value):
+        return 0 if value > 0 else len(LEVELS) - 1
+    return min(len(LEVELS) - 1, int((high - value) / (high - low) * len(LEVELS)))
+
+
+def _cell(axes: Any, x: int, y: int, value: float, span: tuple[float, float], width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    level = _level(value, *span)
+    gap_x, gap_y = 2 / width, 2 / CELL
+    axes.add_patch(Rectangle((x, y), 1 - gap_x, 1 - gap_y, facecolor=LEVELS[level], linewidth=0))
+    if width >= 34:
+        text = f"{value:.1f}" if math.isfinite(value) else words.decibels(value)[:5]
+        axes.text(
+            x + 0.5 - gap_x / 2,
+            y + 0.5 - gap_y / 2,
+            text,
+            ha="center",
+            va="center_baseline",
+            fontsize=11,
+            color=LEVEL_INKS[level],
+        )
+
+
+def _legend(figure: Any, left: float, low: float, high: float) -> None:
+    """Draw the seven colours with the range they cover at the foot of the grid."""
+    from matplotlib.patches import Rectangle
+
+    width, height = figure.get_size_inches() * 72
+    y, start = 8, left + 62
+    for index, color in enumerate(LEVELS):
+        box = Rectangle((start + 22 * index, y), 20, 10, facecolor=color, linewidth=0, transform=None)
+        figure.add_artist(box)
+    end = start + 22 * len(LEVELS) + 6
+    for x, text, side in ((start - 8, f"{high} dB", "right"), (end, f"{low} dB, lower is worse", "left")):
+        figure.text(x / width, y / height, text, ha=side, va="bottom", fontsize=11, color=MUTED)
+
+
+def histogram(data: Histogram, what: str) -> str:
+    """Draw the counts before (filled) and after (line) on a logarithmic scale."""
+    edges = np.linspace(data.low, data.high, len(data.before) + 1)
+    with canvas(310, 130) as (figure, axes):
+        place(axes, 8, 8, 6, 22)
+        axes.stairs(data.before, edges, fill=True, color=BEFORE, linewidth=0, baseline=0.5)
+        axes.stairs(data.after, edges, color=AFTER, linewidth=1.4, baseline=0.5)
+        top = max(*data.before, *data.after, 1)
+        axes.set_yscale("log")
+        axes.set(xlim=(data.low, data.high), ylim=(0.5, 1.6 * top))
+        axes.yaxis.set_visible(False)
+        axes.minorticks_off()
+        axes.spines["left"].set_visible(False)
+        axes.set_xticks([data.low, data.high], [f"{data.low:.3g}", f"{data.high:.3g}"], fontsize=11)
+        for tick, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+            tick.set_horizontalalignment(side)
+        if data.low < 0 < data.high:
+            axes.axvline(0, color=LINE, linewidth=1, zorder=0)
+        return to_svg(figure, f"Histogram of the {what} before and after quantization")
+
+
+def bars(
+    table: Sequence[Row],
+    values: Sequence[float],
+    texts: Sequence[str],
+    label: str,
+    *,
+    errors: Sequence[float] = (),
+    limit: float | None = None,
+) -> str:
+    """Draw one horizontal bar a row from zero; `errors` are whiskers of one standard error."""
+    if not any(math.isfinite(value) for value in values):
+        return ""
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    whiskers = list(errors) or [0.0] * len(finite)
+    names = [_shorten(row.name, 24) for row in table]
+    left = 12 + 6.6 * max(map(len, names))
+    right = 10 + 6.6 * max(map(len, texts))
+    top = limit or max((a + b for a, b in zip(finite, whiskers, strict=True)), default=0) or 1.0
+    with canvas(470, CELL * len(table) + 6) as (figure, axes):
+        place(axes, left, right, 2, 4)
+        for y, (row, value, error, text) in enumerate(zip(table, finite, whiskers, texts, strict=True)):
+            axes.barh(y, value, height=0.62, color=BEFORE if row.baseline else AFTER, linewidth=0)
+            if error:
+                axes.plot(
+                    [value - error, value + error], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt"
+                )
+            x = 0.0 if not math.isfinite(values[y]) else value + error
+            axes.annotate(
+                text, (x, y), (6, 0), textcoords="offset points", va="center_baseline", annotation_clip=False
+            )
+        axes.set(xlim=(0, top), ylim=(len(table) - 0.5, -0.5))
+        axes.set_yticks(range(len(table)), names)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+        return to_svg(figure, label)
+
+
+def score_bars(table: Sequence[Row], metric: str, kind: Score) -> str:
+    """Draw one metric for every row; rows without it say so."""
+    found = [row.scores.get(metric) for row in table]
+    return bars(
+        table,
+        [math.nan if score is None else score.value for score in found],
+        [words.figure(score) for score in found],
+        f"{words.metric_name(metric)} of each model",
+        errors=[0.0 if score is None else score.stderr or 0.0 for score in found],
+        limit=100.0 if kind.unit == "%" else None,
+    )
+
+
+def size_bars(table: Sequence[Row]) -> str:
+    """Draw the bytes of the weights of every row."""
+    texts = [words.megabytes(row.stored) + ("" if row.baseline else f" ({row.ratio:.2f}x)") for row in table]
+    return bars(
+        table, [row.stored / words.MEGABYTE for row in table], texts, "Size of the weights of each model"
+    )
+
+
+def quality_against_size(table: Sequence[Row], metric: str, kind: Score) -> str:
+    """Draw a dot for each row with the metric: size to the right, quality upwards as its arrow says."""
+    points = [(row, row.scores[metric]) for row in table if metric in row.scores]
+    points = [(row, score) for row, score in points if math.isfinite(score.value)]
+    if len(points) < 3:
+        return ""
+    with canvas(470, 260) as (figure, axes):
+        place(axes, 52, 110, 8, 44)
+        for row, score in points:
+            x, color = row.stored / words.MEGABYTE, BEFORE if row.baseline else AFTER
+            if score.stderr:
+                axes.plot(
+                    [x, x],
+                    [score.value - score.stderr, score.value + score.stderr],
+                    color=color,
+                    linewidth=1.2,
+                )
+            axes.plot(
+                x, score.value, "o", markersize=9, color=color, markeredgecolor=SURFACE, markeredgewidth=1.5
+            )
+        axes.margins(0.08, 0.15)
+        axes.set_xlim(left=0)
+        axes.locator_params(nbins=5)
+        for (row, score), drop in zip(
+            points, _apart(axes, [(r.stored / words.MEGABYTE, s.value) for r, s in points]), strict=True
+        ):
+            axes.annotate(
+                _shorten(row.name, 18),
+                (row.stored / words.MEGABYTE, score.value),
+                (9, drop),
+                textcoords="offset points",
+                va="center_baseline",
+                annotation_clip=False,
+            )
+        axes.grid(color=LINE, linewidth=1)
+        axes.set_axisbelow(True)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(axis="y", labelcolor=MUTED)
+        axes.set_xlabel("size of the weights (MB)", loc="left")
+        return to_svg(figure, f"{words.metric_name(metric)} against size")
+
+
+def _apart(axes: Any, points: Sequence[tuple[float, float]]) -> list[float]:
+    """Return how far up to move each point's label so that labels of near points do not overlap."""
+    placed: list[tuple[float, float]] = []
+    moves = [0.0] * len(points)
+    pixels = axes.transData.transform(points)
+    for index in sorted(range(len(points)), key=lambda i: (-pixels[i][1], pixels[i][0])):
+        x, y = pixels[index]
+        near = [low for other, low in placed if abs(other - x) < 110]
+        target = min([y, *(low - 14 for low in near)])
+        moves[index] = target - y
+        placed.append((x, target))
+    return moves
+
+
+def _shorten(name: str, most: int) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -1,0 +1,122 @@
+"""How figures are written: the same number looks the same in the terminal, on the page and on the card."""
+
+from __future__ import annotations
+
+import math
+
+from ..evaluate.base import Score
+
+NOT_EVALUATED = "not evaluated"
+MEGABYTE = 1_000_000
+NAMES = {
+    "perplexity": "Perplexity",
+    "prefill": "Prefill",
+    "decode": "Decode",
+    "ttft": "Time to first token",
+    "tpot": "Time per output token",
+}
+
+
+def number(value: float, unit: str = "") -> str:
+    """Write a figure with as many digits as it deserves.
+
+    >>> number(8.12345), number(97.5, "%"), number(1234.5, "tokens/s"), number(float("inf"))
+    ('8.123', '97.5', '1,234', 'infinite')
+    """
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite"
+    size = abs(value)
+    if unit in ("%", "ms"):
+        return f"{value:.1f}" if size >= 1 or value == 0 else f"{value:.2g}"
+    if size >= 1000 or (unit and size >= 100):
+        return f"{value:,.0f}"
+    if unit == "" and size < 100:
+        return f"{value:.3f}"
+    return f"{value:.1f}"
+
+
+def figure(score: Score | None, *, unit: bool = False) -> str:
+    """Write a score with its standard error in two digits, such as ``97.5 ±0.84``, or that there is none."""
+    if score is None:
+        return NOT_EVALUATED
+    text = number(score.value, score.unit)
+    if score.stderr is not None:
+        text += f" ±{score.stderr:.2g}"
+    return f"{text} {score.unit}" if unit and score.unit else text
+
+
+def arrow(score: Score) -> str:
+    """Return the arrow that says which way is better."""
+    return "↓" if score.better == "lower" else "↑"
+
+
+def metric_name(metric: str) -> str:
+    """Return a metric's name as a person would write it: ``perplexity`` becomes ``Perplexity``."""
+    return NAMES.get(metric, metric[:1].upper() + metric[1:])
+
+
+def megabytes(count: int) -> str:
+    """Write bytes as MB (one million bytes), or GB from a thousand of them on."""
+    size = count / MEGABYTE
+    if size >= 1000:
+        return f"{size / 1000:,.2f} GB"
+    return f"{size:.2f} MB" if size < 100 else f"{size:.0f} MB"
+
+
+def decibels(value: float) -> str:
+    """Write a signal to noise ratio; a layer that lost nothing is ``exact``."""
+    return "exact" if value == math.inf else number(value, "dB")
+
+
+def percent(share: float) -> str:
+    """Write a share of one in percent with two significant decimals."""
+    return f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them.
+
+    >>> duration(3.21), duration(75), duration(7322)
+    ('3.2 s', '1 min 15 s', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def parameters(count: int) -> str:
+    """Write a number of parameters: ``5.8 M``, ``7.62 B``."""
+    for limit, suffix in ((10**9, " B"), (10**6, " M"), (10**3, " K")):
+        if count >= limit:
+            return f"{count / limit:.3g}{suffix}"
+    return str(count)
+
+
+def change(before: Score, after: Score) -> str:
+    """Write how a score moved: points for percentages, percent for everything else."""
+    if before.unit == "%":
+        return f"{after.value - before.value:+.1f} points"
+    if not before.value or not math.isfinite(before.value) or not math.isfinite(after.value):
+        return ""
+    return f"{100 * (after.value / before.value - 1):+.1f} %"
+
+
+def verdict(before: Score, after: Score) -> str:
+    """Judge a change: ``better``, ``worse``, or ``same`` when it is within the noise.
+
+    For shares of examples the noise is ``hypot(stderr before, stderr after)``. Perplexity is measured on the
+    same tokens both times, so its standard error (which is about the choice of text) says little about the
+    difference: there, as for everything else, a tenth of a percent counts as ``same``.
+    """
+    noise = 1e-3 * abs(before.value)
+    if after.unit == "%":
+        noise = math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    gain = after.value - before.value if before.better == "higher" else before.value - after.value
+    if abs(gain) <= noise:
+        return "same"
+    return "better" if gain > 0 else "worse"

@@ -13,15 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Engine as Engine
-    from .api import compress as compress
+    from .engine import Engine as Engine
+    from .engine import compress as compress
     from .reopen import load as load
     from .models.builtin import builtin_model as builtin_model
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "__version__", "builtin_model", "compress", "load"]
 
-_HOMES = {"compress": "api", "Engine": "api", "load": "reopen", "builtin_model": "models.builtin"}
+_HOMES = {"compress": "engine", "Engine": "engine", "load": "reopen", "builtin_model": "models.builtin"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,322 +1,176 @@
-"""Layer 6: run a job: calibrate, quantize, write, check, measure, report. Knows no method's name.
+"""Layer 7: the Python face: `compress` for one call, `Engine` for scripts written step by step.
 
-Everything is built in ``OUT.partial`` and renamed to ``OUT`` at the end, so an output folder is complete or does
-not exist. Each unit (a decoder block, or the tensors outside) is a checkpoint: the same command after a kill
-continues with the first unit that is missing, and the weights come out byte for byte as if nothing had
-happened. ``OUT.partial/job.json`` holds the fingerprint that ties the pieces to one recipe and one model.
+Both lead to the same pipeline as the command line: a recipe is resolved, a job prepared and run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
+import atexit
 import shutil
-import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .base.console import bar, chose, log
-from .base.errors import DataError, ModelError, ResourceError, UserError
-from .data.text import calibration_batches
-from .evaluate.base import Score
-from .evaluate.suite import evaluate
-from .job import KEPT_FILES, NEVER_COPIED, Job, Unit, check_disk
-from .models.activations import ActivationStore
-from .models.checkpoint import UnitWriter, write_atomically
-from .models.select import groups_by_linear
-from .models.walk import Block, BlockStream
-from .numerics.error import LayerRecord
+from . import pipeline
+from .base.errors import ConfigError, UserError
+from .config.recipe import load as load_recipe
+from .job import Job, prepare
 from .reopen import load
-from .report.card import write_card
-from .report.html import write_html
 from .report.record import RunRecord
 
-PACKAGES = ("angelslim", "torch", "transformers", "safetensors", "compressed-tensors")
-SMALL_MODEL = 300_000_000  # parameters up to which a run measures perplexity unasked on a CPU
+
+class Result:
+    """A finished compression: its record and its folder."""
+
+    def __init__(self, folder: Path, report: RunRecord) -> None:
+        self.folder, self.report = folder, report
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Copy the model folder, report and card included; an existing folder is refused."""
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} already exists and is not empty.", fix="Choose another folder.")
+        temporary = target.with_name(target.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self.folder, temporary)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+        return target
+
+    def load(self, **options: Any) -> Any:
+        """Open the compressed model in transformers (see `angelslim.load`)."""
+        return load(self.folder, **options)
+
+    def __repr__(self) -> str:
+        report = self.report
+        return f"<{report.method} of {report.model}: {report.bits_per_weight:.2f} bits per weight, {self.folder}>"
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """The folders of an unfinished run."""
+def compress(
+    model: Any, recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, tokenizer: Any = None, **overrides: Any
+) -> Result:
+    """Compress a model (folder, hub id, built-in name or transformers model) with a recipe or method name.
 
-    root: Path  # OUT.partial
-
-    @property
-    def units(self) -> Path:
-        """Finished units, one safetensors file each."""
-        return self.root / "units"
-
-    @property
-    def records(self) -> Path:
-        """What was done to the layers of each finished unit, as JSON."""
-        return self.root / "records"
-
-    @property
-    def activations(self) -> Path:
-        """Hidden states between blocks."""
-        return self.root / "activations"
-
-    @property
-    def result(self) -> Path:
-        """The folder that becomes the output."""
-        return self.root / "result"
-
-    def open(self, fingerprint: str) -> bool:
-        """Create the folders, or continue an unfinished run; return whether one was continued."""
-        marker = self.root / "job.json"
-        resumed = marker.exists()
-        if resumed and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{self.root} holds an unfinished run of another recipe or model.",
-                fix="Finish it with its own command, or delete that folder.",
-            )
-        for folder in (self.units, self.records, self.activations, self.result):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
-        return resumed
+    Overrides are configuration keys with dots written as double underscores (``dataset__num_samples=64``), or
+    dotted keys in a mapping (``**{"dataset.num_samples": 64}``). Without `out` the result lies in a temporary
+    folder until `Result.save_pretrained`. A loaded model needs its `tokenizer` when the recipe calibrates.
+    """
+    settings = [f"{key.replace('__', '.')}={_yaml(value)}" for key, value in overrides.items()]
+    resolved = load_recipe(recipe, settings)
+    folder = _temporary_folder() / "result" if out is None else Path(out)
+    job = prepare(resolved, _as_folder(model, tokenizer))
+    call = ", ".join([repr(str(model)[:80]), repr(str(recipe)), *(f"{k}={v!r}" for k, v in overrides.items())])
+    return Result(folder, pipeline.run(job, folder, command=f"angelslim.compress({call})"))
 
 
-def run(job: Job, out: Path, *, command: str = "", overwrite: bool = False) -> RunRecord:
-    """Carry out a job and leave a complete model folder in `out`; returns its record."""
-    started = time.perf_counter()
-    fingerprint = job.fingerprint()
-    finished = _finished(out, fingerprint, overwrite)
-    if finished is not None:
-        return finished
-    workplace = Workplace(out.with_name(out.name + ".partial"))
-    try:
-        if not workplace.root.exists():
-            check_disk(job, out)
-        if workplace.open(fingerprint):
-            log.info("Continuing the unfinished run in %s", workplace.root)
-        layers = _compress(job, workplace)
-        _assemble(job, workplace)
-        record = _record(job, layers, workplace, command, fingerprint)
-        _measure(job, workplace, record)
-        record.seconds = round(time.perf_counter() - started, 3)
-        record.peak_memory_bytes = _peak_memory()
-        _describe(job, workplace, record)
-    except OSError as error:
-        raise ResourceError(f"Writing to {workplace.root} failed ({error.strerror or error}).", fix="Free some disk space or choose another --out, then run the same command again; it continues.") from error
-    if out.exists():
-        shutil.rmtree(out)
-    workplace.result.rename(out)
-    shutil.rmtree(workplace.root)
-    return record
+def _as_folder(model: Any, tokenizer: Any) -> str | Path:
+    if isinstance(model, (str, Path)):
+        return model
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"A {type(model).__name__} cannot be compressed.", fix="Give a folder or a transformers model.")
+    folder = _temporary_folder()
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
-def _finished(out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or overwrite:
-        return None
-    try:
-        record = RunRecord.load(out)
-    except (OSError, ValueError, KeyError, TypeError):
-        record = None
-    if record is not None and record.versions.get("fingerprint") == fingerprint:
-        log.info("%s already holds this result; nothing to do.", out)
-        return record
-    raise UserError(f"{out} already exists.", fix="Choose another --out, or pass --overwrite.")
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="angelslim-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
-def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:
-    """Quantize and write every unit that is not on disk yet; return the records of all."""
-    writer = UnitWriter(workplace.units)
-    groups = groups_by_linear(job.source)
-    blocks = [unit for unit in job.units if unit.block is not None]
-    outside = [unit for unit in job.units if unit.block is None]
-    stream = _open_stream(job, workplace, writer, blocks) if job.calibrates else None
-    with bar("quantizing", len(job.units)) as progress:
-        for unit in [*blocks, *outside]:
-            records_file = workplace.records / f"{unit.name}.json"
-            if not (writer.has(unit.name) and records_file.exists()):
-                records = _process(job, unit, writer, groups, stream if unit.block is not None else None)
-                write_atomically(records_file, json.dumps([asdict(item) for item in records]).encode())
-            if stream is not None and unit.block is not None:
-                stream.store.commit(unit.block + 1)
-                write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
-                stream.store.forget(unit.block)
-            progress.advance()
-    loaded = (json.loads((workplace.records / f"{unit.name}.json").read_text("utf-8")) for unit in job.units)
-    return [LayerRecord.from_dict(raw) for records in loaded for raw in records]
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
-def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
-    data = job.config.dataset
-    samples = calibration_batches(
-        tokenizer_of(job.source.folder),
-        data.data_path,
-        samples=data.num_samples,
-        max_length=data.max_seq_length,
-        seed=job.config.global_.seed,
-    )
-    vocabulary = job.source.config.get_text_config().vocab_size
-    if max(int(ids.max()) for ids in samples) >= vocabulary:
-        raise DataError("The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer.")
-    store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
-    stream = BlockStream(job.source, samples, store, job.device)
-    marker = workplace.root / "next_block"
-    first = int(marker.read_text()) if marker.exists() else 0
-    if not store.complete(first, len(samples)):
-        first = 0
-    for unit in blocks:
-        assert unit.block is not None
-        if unit.block >= first:  # what lies beyond the last committed generation is done again
-            writer.path(unit.name).unlink(missing_ok=True)
-    stream.prepare(first)
-    return stream
+class Engine:
+    """The step-by-step interface: prepare a model, data and a compressor, run, save.
 
+    Arguments that only tune memory in other implementations (`device_map`, `low_cpu_mem_usage`, ...) are
+    accepted and have no effect: models are always streamed block by block. The model's family is read from its
+    config.json, so `model_name` is optional. `trust_remote_code` is false unless given.
+    """
 
-def _process(
-    job: Job, unit: Unit, writer: UnitWriter, groups: dict[str, Any], stream: BlockStream | None
-) -> list[LayerRecord]:
-    inside = set(unit.tensors)
-    layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
-    block = Block(job.source, unit.block, layers, groups)
-    if stream is not None and unit.block is not None:
-        block.stream, block.samples = stream, len(stream.samples)
-        with stream.resident(unit.block):
-            job.method.process(block)
-            if not block.advanced:
-                block.advance()
-    else:
-        job.method.process(block)
-    done = {result.layer.tensor for result in block.results}
-    missing = [layer.name for layer in layers if layer.tensor not in done]
-    assert not missing, f"{job.stage.method} left out {missing[:3]}"
-    tensors = {name: job.source.checkpoint.read(name) for name in unit.tensors if name not in done}
-    for result in block.results:
-        tensors |= job.exporter.tensors(
-            result.layer.name, result.weight, result.layer.scheme, result.input_scale
-        )
-    writer.write(unit.name, tensors)
-    return [result.record for result in block.results]
+    def __init__(self) -> None:
+        self._model: str | Path | None = None
+        self._sections: dict[str, dict[str, Any]] = {"model": {}, "dataset": {}}
+        self._recipe: str | Path | Mapping[str, Any] | None = None
+        self._job: Job | None = None
+        self.result: Result | None = None
 
+    def prepare_model(
+        self,
+        model_name: str | None = None,
+        model: Any = None,
+        tokenizer: Any = None,
+        model_path: str | Path | None = None,
+        trust_remote_code: bool = False,
+        **_memory_options: Any,
+    ) -> Engine:
+        """Name the model by path, or hand in a loaded one with its tokenizer."""
+        given = model if model is not None else model_path
+        if given is None:
+            raise ConfigError("prepare_model needs model_path or model.")
+        self._model = _as_folder(given, tokenizer)
+        self._sections["model"] = {"trust_remote_code": trust_remote_code}
+        return self
 
-def _assemble(job: Job, workplace: Workplace) -> None:
-    """Join the units into shards and write what makes them a model folder."""
-    result = workplace.result
-    for pattern in KEPT_FILES:
-        for file in job.source.folder.glob(pattern):
-            if file.name not in NEVER_COPIED:
-                shutil.copyfile(file, result / file.name)
-    config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
-    schemes = {layer.name: layer.scheme for layer in job.selection.layers}
-    config["quantization_config"] = job.exporter.config(schemes, _kept_linears(job))
-    write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    UnitWriter(workplace.units).finish(
-        [unit.name for unit in job.units], result, job.config.global_.max_shard_size
-    )
+    def prepare_data(
+        self,
+        data_path: str | Path | None = None,
+        data_type: str = "TextDataset",
+        max_length: int = 2048,
+        batch_size: int = 1,
+        num_samples: int = 128,
+        shuffle: bool = True,
+        **_loader_options: Any,
+    ) -> Engine:
+        """Name the calibration data; without a path the built-in samples are used."""
+        self._sections["dataset"] = {
+            "name": data_type,
+            "data_path": None if data_path is None else str(data_path),
+            "max_seq_length": max_length,
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+        }
+        return self
 
+    def prepare_compressor(
+        self,
+        compress_name: str = "PTQ",
+        global_config: Mapping[str, Any] | None = None,
+        compress_config: Mapping[str, Any] | None = None,
+        default_method: str | None = None,
+    ) -> Engine:
+        """Choose a method by name, or give the ``compression`` section as a mapping."""
+        if self._model is None:
+            raise ConfigError("prepare_compressor comes after prepare_model.")
+        if default_method is not None:
+            base: dict[str, Any] = {"extends": default_method}
+        elif compress_config is not None:
+            base = {"compression": {"name": compress_name, **compress_config}, "global": dict(global_config or {})}
+        else:
+            raise ConfigError("prepare_compressor needs default_method or compress_config.")
+        sections = {name: values for name, values in self._sections.items() if values}
+        self._job = prepare(load_recipe({**base, **sections}), self._model)
+        return self
 
-def _kept_linears(job: Job) -> list[str]:
-    """Linears that stay in full precision, by the names that engines match: the model's and the checkpoint's."""
-    quantized = {layer.module for layer in job.selection.layers}
-    kept = [name for name in job.source.structure.linears if name not in quantized]
-    stored = [
-        tensor.removesuffix(".weight")
-        for tensor, target in job.source.targets.items()
-        if target.parameter.removesuffix(".weight") in set(kept)
-    ]
-    return list(dict.fromkeys([*kept, *stored]))
+    def run(self) -> Result:
+        """Compress into a temporary folder."""
+        if self._job is None:
+            raise ConfigError("run comes after prepare_compressor.")
+        folder = _temporary_folder() / "result"
+        self.result = Result(folder, pipeline.run(self._job, folder, command="angelslim.Engine"))
+        return self.result
 
-
-def _measure(job: Job, workplace: Workplace, record: RunRecord) -> None:
-    """Evaluate the original and the result, unless the recipe or the model's size says otherwise."""
-    settings = job.config.evaluation
-    small = record.parameters <= SMALL_MODEL or job.device.type == "cuda"
-    tasks = settings.tasks or (["addition", "recall"] if job.source.name == "tiny-lm" else [])
-    if not settings.enabled:
-        return
-    if not small:
-        chose("no evaluation", f"{record.parameters / 1e9:.1f} B parameters on a CPU; run `angelslim eval` later")
-        return
-    tokenizer = tokenizer_of(job.source.folder)
-    for folder, scores in ((job.source.folder, record.before), (workplace.result, record.after)):
-        model = load(folder, device=job.device)
-        text = Path(settings.perplexity) if isinstance(settings.perplexity, str) else None
-        scores.extend(
-            evaluate(
-                model, tokenizer, perplexity_text=text, tasks=tasks, samples=settings.samples, seed=job.config.global_.seed
-            )
-        )
-        del model
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0][:120]}).",
-            fix="Copy tokenizer.json and tokenizer_config.json of the model into the folder.",
-        ) from error
-
-
-def _record(job: Job, layers: list[LayerRecord], workplace: Workplace, command: str, fingerprint: str) -> RunRecord:
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    files = sorted(workplace.result.glob("*.safetensors"))
-    return RunRecord(
-        method=job.name,
-        model=job.source.name,
-        model_type=job.source.structure.model_type,
-        scheme=str(job.scheme),
-        format=job.exporter.describe(job.scheme),
-        parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
-        bytes_before=job.source.checkpoint.nbytes,
-        bytes_after=sum(file.stat().st_size for file in files),
-        bits_per_weight=sum(x.bits_per_weight * x.shape[0] * x.shape[1] for x in layers) / weights,
-        seconds=0.0,
-        peak_memory_bytes=0,
-        layers=layers,
-        skipped=job.selection.skipped,
-        config=job.resolved.raw,
-        provenance=job.resolved.provenance,
-        command=command,
-        seed=job.config.global_.seed,
-        versions={"python": platform.python_version(), **_versions(PACKAGES), "fingerprint": fingerprint},
-        hashes={file.name: _sha256(file) for file in files},
-        warnings=job.resolved.warnings,
-    )
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _peak_memory() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _describe(job: Job, workplace: Workplace, record: RunRecord) -> None:
-    result = workplace.result
-    write_atomically(result / "run.json", record.to_json().encode())
-    write_atomically(result / "run.yaml", job.resolved.to_yaml().encode())
-    write_html([record], result / "report.html")
-    write_card(record, result / "README.md")
-    os.sync() if hasattr(os, "sync") else None
+    def save(self, save_path: str | Path | None = None, config: Any = None) -> Path:
+        """Write the compressed model folder; `config` is accepted for old scripts (run.yaml holds it already)."""
+        if self.result is None:
+            raise ConfigError("save comes after run.")
+        return self.result.save_pretrained(save_path or "./output")

@@ -29,18 +29,17 @@ _FLOAT_STARTS = list("-+0123456789.")
 class _Loader(yaml.SafeLoader):
     """The safe loader, with numbers as people write them and no key twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; a key that stands twice would silently lose one of its values."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping; a key that stands twice would silently lose one of its values."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen and isinstance(key.value, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key.value, str) else "")
-        return super().construct_mapping(node, deep=deep)
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value!r} is given twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -50,6 +49,14 @@ class _Dumper(yaml.SafeDumper):
         """Write every value out; an alias in a run file helps nobody."""
         return True
 
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # YAML folds these three line breaks into spaces unless they are escaped.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 # A class-level copy keeps the change away from everyone else's yaml.SafeLoader.
 for _class in (_Loader, _Dumper):

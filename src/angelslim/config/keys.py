@@ -67,7 +67,7 @@ def _places(section: type[Section], path: str = "") -> Iterator[str]:
 def suggestion(root: type[Section], section: type[Section], dotted: str) -> str:
     """The way out of an unknown key: the same key elsewhere, a near one here, a near one elsewhere, or all."""
     key = dotted.rpartition(".")[2]
-    here = {*names_of(section), *section.extra_keys}
+    here = {*names_of(section), *section.extra_keys} | ({"extends"} if section is root else set())
     elsewhere = [place for place in _places(root) if place.rpartition(".")[2] == key]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"
@@ -118,5 +118,4 @@ def _words(item: Any) -> str:
         return "not one of the known words. " + did_you_mean(str(item["input"]), filter(None, options))
     if needed := _NEEDED.get(kind.partition("_")[0]):
         return str(needed)
-    message = str(item["msg"])
-    return message[:1].lower() + message[1:]
+    return str(item["msg"]).replace("Input should", "it must")

@@ -79,7 +79,7 @@ class StrategyArguments(Section):
 class ModelRelated(Section):
     """Arguments that depend on the model's size: ``selector_path: {7b: ..., 3b: ...}``."""
 
-    selector_path: dict[str, str] | None = None
+    selector_path: dict[str, str | None] | None = None
 
 
 class Strategy(Section):

@@ -57,6 +57,14 @@ def recipes() -> dict[str, str]:
     }
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe of the package; an unknown name is a `ConfigError`."""
+    plain_name = name.replace("-", "_")
+    if plain_name not in recipes():
+        raise ConfigError(f"Unknown recipe {name!r}.", fix=did_you_mean(plain_name, recipes()))
+    return _recipe_folder() / f"{plain_name}.yaml"
+
+
 @cache
 def _recipe_folder() -> Path:
     return Path(__file__).parent.parent / "recipes"
@@ -227,7 +235,7 @@ def _nearest_dialect(raw: dict[str, Any]) -> Dialect:
 def _check(raw: dict[str, Any], dialect: Dialect, sources: dict[str, str], where: str) -> AnyConfig:
     root = CONFIGS[dialect]
     unknown = {
-        dotted: f"unknown key {dotted!r}. {suggestion(root, section, dotted)}"
+        dotted: f"Unknown key {dotted!r}. {suggestion(root, section, dotted)}"
         for dotted, section in unknown_keys(root, raw)
     }
     _refuse(unknown, sources, where)
@@ -244,16 +252,13 @@ def _refuse(problems: dict[str, str], sources: dict[str, str], where: str) -> No
         return
     lines = []
     for dotted, text in problems.items():
-        below = (source for leaf, source in sources.items() if f"{leaf}.".startswith(f"{dotted}."))
-        source = sources.get(dotted) or next(below, where)
-        lines.append((source, text))
+        below = (source for leaf, source in sources.items() if leaf.startswith(f"{dotted}."))
+        lines.append((sources.get(dotted) or next(below, where), text))
     if len({source for source, _ in lines}) == 1:
         where = lines[0][0]
         texts = [text for _, text in lines]
     else:
         texts = [f"{text} (from {source})" for source, text in lines]
     if len(texts) == 1:
-        raise ConfigError(
-            texts[0][:1].upper() + texts[0][1:] if texts[0].startswith("unknown") else texts[0], where=where
-        )
+        raise ConfigError(texts[0], where=where)
     raise ConfigError(f"{len(texts)} problems.\n  - " + "\n  - ".join(texts), where=where)

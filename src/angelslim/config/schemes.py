@@ -18,7 +18,6 @@ from ..numerics.scheme import (
     Granularity,
     Quant,
     Scheme,
-    format_named,
     per_block,
     per_group,
 )
@@ -52,8 +51,8 @@ def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
     grain = method.weight
     if grain is None and method.block_size and weight.format.kind == "float":
         grain = "per-block"
-    if grain is None and method.group_size is not None and weight.granularity.kind in ("group", "channel"):
-        grain = "per-group" if weight.granularity.kind == "group" else None
+    if grain is None and method.group_size is not None and weight.granularity.kind == "group":
+        grain = "per-group"
     if grain is not None:
         weight = replace(weight, granularity=_weight_grain(grain, method, f"{where}.weight"))
     if method.zero_point is not None:
@@ -63,9 +62,6 @@ def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
         weight = replace(weight, symmetric=not method.zero_point)
     if inputs is not None:
         inputs = _input(inputs, weight, grain, method, f"{where}.activation")
-    elif method.activation not in (None, "per-tensor"):
-        fix = "Remove it, or choose a method with quantized activations such as w4a8_fp8."
-        raise ConfigError(f"activation: {method.activation} on a weight-only method.", where=where, fix=fix)
     if method.kv_cache is not None:
         kv = _kv(weight, inputs, method.kv_cache, f"{where}.kv_cache")
     return Scheme(weight, inputs, kv)
@@ -162,7 +158,10 @@ def explicit(scheme: str | ExplicitScheme, method: QuantMethod, where: str) -> S
 
 
 def _quant(spec: TensorScheme, where: str) -> Quant:
-    number = format_named(spec.format)
+    number = FORMATS.get(spec.format)
+    if number is None:
+        fix = did_you_mean(spec.format, FORMATS)
+        raise ConfigError(f"Unknown number format {spec.format!r}.", where=where, fix=fix)
     if not spec.symmetric and number.kind == "float":
         fix = "Remove symmetric: false."
         raise ConfigError(f"{number.name} is symmetric by nature.", where=where, fix=fix)

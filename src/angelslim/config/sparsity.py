@@ -32,10 +32,12 @@ class AttentionArguments(Section):
     group_k_block: Int | None = None
     initial_blocks: Int | None = None
     last_n_block_full: Int | None = None
+    layer_keep_ratios: list[Number] | None = None
     n_init: Int | None = None
     n_last: Int | None = None
     n_local: Int | None = None
     norm: Number | None = None
+    pattern_path: str | None = None
     sink: Int | None = None
     skipsoftmax_threshold: Number | None = None
     stem_alpha: Number | None = None

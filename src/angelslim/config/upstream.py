@@ -9,12 +9,12 @@ carries the scheme when `numerics.scheme` can express it and None otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal, TypeVar
 
-from ..base.errors import ConfigError
+from ..base.errors import ConfigError, did_you_mean
 from ..numerics.scheme import PRESETS, Scheme
 from . import schemes
 from .flat import FlatConfig
@@ -102,14 +102,14 @@ def stages(config: AnyConfig) -> list[Stage]:
     work = list(_transforms(config.transform)) if config.transform else []
     for index, compression in enumerate(config.compression):
         where = "compression" if len(config.compression) == 1 else f"compression.{index}"
-        work += _compression(compression, where)
+        work += _compression(compression, where, config.transform is not None)
     if not work:
         fix = "Add a compression section, or extend a recipe."
         raise ConfigError("The configuration asks for nothing: it has no compression section.", fix=fix)
     return work
 
 
-def _compression(stage: Compression, where: str) -> Iterator[Stage]:
+def _compression(stage: Compression, where: str, transformed: bool) -> Iterator[Stage]:
     name: str | None = stage.name or _inferred(stage)
     if name is None:
         fix = f"Add one of the sections {', '.join(dict.fromkeys(_SECTION_OF.values()))}."
@@ -117,6 +117,8 @@ def _compression(stage: Compression, where: str) -> Iterator[Stage]:
     if stage.calibrate is not None:
         yield Stage("calibrate", stage.calibrate.backend or "vllm", None, stage.calibrate.given())
     if name in ("PTQ", "PTQWeightOnly"):
+        if stage.quantization is None and transformed:
+            return  # a transform alone is a run too
         yield from _ptq(_need(stage.quantization, where, name), f"{where}.quantization")
     elif name == "QAT":
         yield _trained(stage.qat or QAT(), stage.quantization, f"{where}.quantization")
@@ -137,7 +139,10 @@ def _compression(stage: Compression, where: str) -> Iterator[Stage]:
 def _inferred(stage: Compression) -> str | None:
     """The name of a stage that does not say it, from the section that it has."""
     present = stage.given()
-    return next((name for name, section in _SECTION_OF.items() if section in present), None)
+    trained = [
+        name for name, section in _SECTION_OF.items() if section in present and section != "quantization"
+    ]
+    return trained[0] if trained else "PTQ" if "quantization" in present else None
 
 
 def _need(section: T | None, where: str, name: str) -> T:
@@ -147,41 +152,38 @@ def _need(section: T | None, where: str, name: str) -> T:
     return section
 
 
-def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None, str]:
-    """The method, the scheme and the public name that a quantization section asks for."""
+def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None]:
+    """The method and the scheme that a quantization section asks for."""
     name = section.name
-    if name is None:
-        if section.scheme is None:
-            fix = f"Set {where}.name to one of {', '.join(METHODS)}."
-            raise ConfigError(f"{where} names neither a method nor a scheme.", fix=fix)
-        method, name = Method("rtn", ""), "rtn"
-    else:
-        method = METHODS.get(name, Method(name, ""))
+    method = METHODS.get(name, Method(name, "")) if name else Method("rtn", "")
     if section.scheme is not None:
-        return method, schemes.explicit(section.scheme, section.quant_method, where), name
+        return method, schemes.explicit(section.scheme, section.quant_method, where)
+    if not name:
+        fix = f"Set {where}.name to one of {', '.join(METHODS)}."
+        raise ConfigError(f"{where} names neither a method nor a scheme.", fix=fix)
     base = schemes.base(method.base)
     if name == "daq" and section.quantization_method in ("per_channel", "per_tensor"):
         base = PRESETS["fp8_dynamic"]
     if base is None:  # the numerics cannot express it (yet): the method's public name says it all
-        return Method(name, ""), None, name
-    return method, schemes.adjusted(base, section.quant_method, where), name
+        return Method(name, ""), None
+    words = section.quant_method
+    if words.weight is None and (section.save_name or "").endswith("blockwise"):
+        words = words.model_copy(update={"weight": "per-block"})
+    return method, schemes.adjusted(base, words, where)
 
 
 def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
-    method, scheme, _ = method_of(section, where)
+    method, scheme = method_of(section, where)
     if "smooth" in section.quant_helpers:
         alpha = 0.5 if section.smooth_alpha is None else section.smooth_alpha
         yield Stage("transform", "smooth", None, {"alpha": alpha}, ignored_layers(section))
     for helper in section.quant_helpers:
         if helper != "smooth":
             yield Stage("transform", helper, None, {}, ignored_layers(section))
-    yield Stage(
-        "ptq",
-        method.algorithm,
-        scheme,
-        {**dict(method.options), **switches(section)},
-        ignored_layers(section),
-    )
+    options = {**dict(method.options), **switches(section)}
+    if scheme is None:
+        options |= section.quant_method.given()
+    yield Stage("ptq", method.algorithm, scheme, options, ignored_layers(section))
 
 
 def switches(section: Quantization) -> dict[str, object]:
@@ -272,7 +274,7 @@ def remarks(config: AnyConfig) -> list[str]:
         notes.append("model.trust_remote_code is true: Python code that comes with the model may run.")
     if isinstance(config, PruningConfig):
         for strategy in config.compressor.strategies.by_place().values():
-            notes += _unknown("pruning strategy", strategy.strategy, KNOWN_STRATEGIES)
+            notes += _unknown("pruning strategy", strategy.strategy, KNOWN_STRATEGIES, closed=False)
     if isinstance(config, Config):
         for stage in config.compression:
             notes += _stage_remarks(stage)
@@ -293,15 +295,19 @@ def _stage_remarks(stage: Compression) -> Iterator[str]:
     if method and section.bits is not None and section.bits not in method.bits:
         yield f"quantization.bits is {section.bits}, but {section.name} has {method.bits[0]}; the name decides."
     inner = section.quant_method
+    base = schemes.base(method.base) if method else None
+    if base and base.input is None and inner.activation is not None:
+        yield f"quant_method.activation is not used: {section.name} quantizes weights only."
     if method and 4 in method.bits and inner.weight == "per-group" and inner.group_size == -1:
         yield "group_size -1 means one scale per output channel here; the public tool takes 128."
 
 
-def _unknown(kind: str, name: str, known: object) -> Iterator[str]:
-    names = list(known) if isinstance(known, tuple | dict) else []
+def _unknown(kind: str, name: str, known: Iterable[str], closed: bool = True) -> Iterator[str]:
+    """Refuse a slip of a known name (one letter off) when all names are known; tell of any other."""
+    names = list(known)
     if name in names:
         return
-    near = get_close_matches(name, names, n=1, cutoff=0.85)
-    if near:
+    near = [word for word in get_close_matches(name, names, cutoff=0.85) if abs(len(word) - len(name)) <= 1]
+    if near and closed:
         raise ConfigError(f"Unknown {kind} {name!r}.", fix=f"Did you mean {near[0]!r}?")
-    yield f"The {kind} {name!r} is not one of those known here: {', '.join(names)}."
+    yield f"The {kind} {name!r} is not known here. {did_you_mean(name, names)}"

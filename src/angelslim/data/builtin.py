@@ -130,12 +130,12 @@ def recall_pairs(rng: random.Random, split: Split, count: int) -> dict[str, str]
 
 def recall_list(pairs: dict[str, str]) -> str:
     """Write the pairs as the list that a recall question starts with."""
-    return "\n".join(f"- {key}: {value}" for key, value in pairs.items())
+    return "\n".join(f"- {key}={value}" for key, value in pairs.items())
 
 
 def recall_reply(key: str, value: str, thinking: bool) -> str:
     """Write the assistant's text for one recall question."""
-    return with_think(f"I look for {key}.\n- {key}: {value}" if thinking else "", value)
+    return with_think(f"I look for {key}.\n- {key}={value}" if thinking else "", value)
 
 
 def recall(rng: random.Random, split: Split, thinking: bool, pairs: int = PAIRS) -> Example:

@@ -26,7 +26,8 @@ from ..base.errors import ConfigError
 from ..data import builtin
 from ..train import StepRecord, TrainSettings, train
 from .card import results_table, write_card
-from .curriculum import Curriculum, conversation, encode_corpus, weighted_loss
+from .curriculum import Curriculum, weighted_loss
+from .rows import conversation, encode_corpus
 from .score import exact_match, perplexity
 from .tokenizer import END, TURN_END, VOCABULARY, save_tokenizer, train_tokenizer
 
@@ -153,9 +154,11 @@ def _tokenizer(folder: Path, documents: list[str]) -> Any:
 def _corpus(path: Path, tokenizer: Any, documents: list[str]) -> torch.Tensor:
     if not path.is_file():
         temporary = path.with_name(path.name + ".partial")
-        save_file({"tokens": encode_corpus(tokenizer.backend_tokenizer, documents)}, temporary)
+        tokens = torch.from_numpy(encode_corpus(tokenizer.backend_tokenizer, documents))
+        save_file({"tokens": tokens}, temporary)
         temporary.replace(path)
-    return load_file(path)["tokens"]
+    tokens: torch.Tensor = load_file(path)["tokens"]
+    return tokens
 
 
 def _plan(

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from markupsafe import Markup
+
 # Marker colour -> CSS variable of templates/report.css.
 INK, MUTED, LINE, SURFACE = "#010101", "#020202", "#030303", "#040404"
 BEFORE, AFTER = "#050505", "#060606"
@@ -75,7 +77,7 @@ def place(axes: Any, left: float, right: float, top: float, bottom: float) -> No
     )
 
 
-def to_svg(figure: Any, label: str) -> str:
+def to_svg(figure: Any, label: str) -> Markup:
     """Render the figure; `label` is what a screen reader says. Call inside `canvas`."""
     buffer = io.StringIO()
     figure.savefig(
@@ -86,7 +88,10 @@ def to_svg(figure: Any, label: str) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # never referred to, and repeated from figure to figure
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(
+        r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL
+    )  # would style the page
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # implied inside HTML
     text = text.replace("xlink:href", "href")
     width, height = (round(side * DPI) for side in figure.get_size_inches())
@@ -94,4 +99,4 @@ def to_svg(figure: Any, label: str) -> str:
     text = re.sub(r"<svg[^>]*>", lambda _: f'{head}aria-label="{html.escape(label)}">', text, count=1)
     for marker, variable in VARIABLES.items():
         text = text.replace(marker, f"var(--{variable})")
-    return text.strip()
+    return Markup(text.strip())  # noqa: S704  matplotlib escapes every text that it draws

@@ -35,13 +35,8 @@ def render_html(records: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    values = context(records)
-    for chart in values["charts"] + [chart for run in values["runs"] for chart in run["histograms"]]:
-        chart["svg"] = Markup(chart["svg"])  # noqa: S704  drawn by this package, its texts escaped
-    for run in values["runs"]:
-        run["grid"] = Markup(run["grid"])  # noqa: S704  as above
     assets = {name: Markup(template(f"report.{name}")) for name in ("css", "js")}  # noqa: S704  package files
-    return environment.get_template("page").render(**values, **assets)
+    return environment.get_template("page").render(**context(records), **assets)
 
 
 def write_html(records: Sequence[RunRecord], path: Path) -> Path:

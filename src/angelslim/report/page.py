@@ -39,7 +39,7 @@ def context(records: Sequence[RunRecord]) -> dict[str, Any]:
         "headings": headings,
         "lines": lines,
         "charts": charts,
-        "charts_note": "Dark lines span one standard error to each side. The one of perplexity is about the choice of text: both models read the same."
+        "charts_note": "Lines at the ends of the bars span one standard error to each side. For perplexity it is about the choice of text: all models read the same one."
         if whiskers
         else "",
         "overview": plots.runs_grid(dict(zip(names, records, strict=True))) if not single else "",
@@ -65,10 +65,10 @@ def _tiles(record: RunRecord, table: Sequence[Row]) -> list[dict[str, str]]:
             "note": f"{result.ratio:.2f}x smaller than {words.megabytes(record.bytes_before)}",
         },
         {
-            "name": "Bits per quantized weight",
+            "name": "Bits per weight",
             "value": f"{record.bits_per_weight:.2f}",
             "unit": "bits",
-            "note": f"scales included; {original.bits:.2f} before",
+            "note": f"scales included, from {original.bits:.2f}",
         },
     ]
     measured = quality_metrics(table) | {k: s for k, s in speed_metrics(table).items() if k == "decode"}
@@ -83,10 +83,9 @@ def _tiles(record: RunRecord, table: Sequence[Row]) -> list[dict[str, str]]:
             "note": words.NOT_EVALUATED + " before",
         }
         if before is not None:
-            kind = words.verdict(before, after)
-            close = "within one standard error of" if before.stderr or after.stderr else "same as"
-            moved = f"{words.change(before, after)} from" if kind != "same" else close
-            tile["note"] = f"{moved} {words.number(before.value, before.unit)}"
+            kind, start = words.verdict(before, after), words.number(before.value, before.unit)
+            moved = f"{words.change(before, after)} from" if kind != "same" else "within the noise of"
+            tile["note"] = f"{moved} {start}"
             tile["verdict"] = "" if kind == "same" else kind
         tiles.append(tile)
     if not quality_metrics(table):

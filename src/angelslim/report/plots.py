@@ -1,6 +1,7 @@
 """The charts of the report: error by block and role, histograms, bars, quality against size.
 
-Each function returns one inline SVG (see `drawing`), or an empty string when the record has nothing to show.
+Each function returns one inline SVG as safe markup (see `drawing`), or an empty string when the record has
+nothing to show.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _grid(cells: Mapping[str, Mapping[int, float]], what: str) -> str:
         axes.set(xlim=(0, len(blocks)), ylim=(len(cells), 0))
         every = math.ceil(24 / cell)
         axes.set_xticks([x + 0.5 for x in range(0, len(blocks), every)], [str(b) for b in blocks[::every]])
-        axes.set_yticks([y + 0.5 for y in range(len(cells))], list(cells))
+        axes.set_yticks([y + 0.5 - 1 / CELL for y in range(len(cells))], list(cells))
         axes.spines[:].set_visible(False)
         axes.set_xlabel("decoder block", loc="left")
         _legend(figure, left, low, high)
@@ -98,12 +99,12 @@ def _legend(figure: Any, left: float, low: float, high: float) -> None:
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches() * 72
-    y, start = 8, left + 62
+    y, start = 8, left + 48
     for index, color in enumerate(LEVELS):
         box = Rectangle((start + 22 * index, y), 20, 10, facecolor=color, linewidth=0, transform=None)
         figure.add_artist(box)
     end = start + 22 * len(LEVELS) + 6
-    for x, text, side in ((start - 8, f"{high} dB", "right"), (end, f"{low} dB, lower is worse", "left")):
+    for x, text, side in ((left, f"{high} dB", "left"), (end, f"{low} dB, lower is worse", "left")):
         figure.text(x / width, y / height, text, ha=side, va="bottom", fontsize=11, color=MUTED)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -24,22 +26,21 @@ def columns(table: Sequence[Row]) -> list[Column]:
     measured = quality_metrics(table)
     for metric, score in measured.items():
         unit = f" ({score.unit})" if score.unit else ""
-        result.append(
-            (
-                f"{metric}{unit} {words.arrow(score)}",
-                lambda row, key=metric: words.figure(row.scores.get(key)),
-            )
-        )  # type: ignore[misc]
+        result.append((f"{metric}{unit} {words.arrow(score)}", partial(_measured, metric)))
     if not measured:
         result.append(("quality", lambda _: words.NOT_EVALUATED))
     result += [
-        ("size (MB) ↓", lambda row: f"{row.stored / words.MEGABYTE:,.2f}"),
-        ("bits/weight ↓", lambda row: f"{row.bits:.2f}"),
-        ("ratio ↑", lambda row: f"{row.ratio:.2f}x"),
+        ("size (MB)", lambda row: f"{row.stored / words.MEGABYTE:,.2f}"),
+        ("bits/weight", lambda row: f"{row.bits:.2f}"),
+        ("ratio", lambda row: f"{row.ratio:.2f}x"),
     ]
     if any("decode" in row.scores for row in table):
-        result.append(("tokens/s ↑", lambda row: words.figure(row.scores.get("decode"))))
+        result.append(("tokens/s", partial(_measured, "decode")))
     return result
+
+
+def _measured(metric: str, row: Row) -> str:
+    return words.figure(row.scores.get(metric))
 
 
 def cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
@@ -87,12 +88,17 @@ def _grid(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -
     )
     grid.box = SIMPLE_HEAD
     grid.padding = (0, 1, 0, 0)
+    grid.show_edge = grid.pad_edge = False
     return grid
 
 
 def _stacked(heading: str) -> str:
-    """Break a long heading after its first word."""
-    return escape(heading.replace(" ", "\n", 1) if len(heading) > 8 else heading)
+    """Break a long heading, so that its column is no wider than its figures."""
+    for mark in (" ", "/") if len(heading) > 7 else ():
+        first, found, rest = heading.partition(mark)
+        if found:
+            return escape(f"{first}{mark.strip()}\n{rest}")
+    return escape(heading)
 
 
 def to_markdown(records: Sequence[RunRecord]) -> str:
@@ -104,4 +110,5 @@ def to_markdown(records: Sequence[RunRecord]) -> str:
 
 def markdown_cell(text: str) -> str:
     """Make any text safe inside a markdown table: no markup, no cell breaks."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
+    text = html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+    return re.sub(r"([|\[\]\\])", r"\\\1", text)

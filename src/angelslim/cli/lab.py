@@ -1,0 +1,48 @@
+"""``lab``: train the built-in models again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..base import console
+from ..base.errors import ConfigError, did_you_mean
+
+GROUP = "Lab"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    lab = typer.Typer(no_args_is_help=True, help="Train the built-in models again, from nothing.")
+    lab.command("train", epilog="[bold]Example[/bold]\n\n  angelslim lab train tiny-lm --out my-tiny-lm")(train)
+    lab.callback()(_about)
+    app.add_typer(lab, name="lab", rich_help_panel=GROUP)
+
+
+def _about() -> None:
+    """Train the built-in models again, from nothing."""
+
+
+def train(
+    name: Annotated[str, typer.Argument(help="Which model: tiny-lm.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the trained model (default: its name).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this time (default: until trained).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Train a built-in model on generated tasks and the Python library's own text.
+
+    A killed training continues where it stopped when the same command is given again.
+    """
+    from ..models.builtin import BUILTIN
+
+    if name not in BUILTIN:
+        raise ConfigError(f"Unknown built-in model {name!r}.", fix=did_you_mean(name, BUILTIN))
+    from ..lab.tiny_lm import train_tiny_lm
+
+    folder = out or Path(name)
+    results = train_tiny_lm(folder, seed=seed, minutes=minutes, device=device)
+    rows = [(key, value) for key, value in results.items() if isinstance(value, (int, float, str))]
+    console.out.print(console.table(str(folder), ["", ""], rows))

@@ -1,0 +1,339 @@
+"""Layer 6: run a job: calibrate, quantize, write, check, measure, report. Knows no method's name.
+
+Everything is built in ``OUT.partial`` and renamed to ``OUT`` at the end, so an output folder is complete or does
+not exist. Each unit (a decoder block, or the tensors outside) is a checkpoint: the same command after a kill
+continues with the first unit that is missing, and the weights come out byte for byte as if nothing had
+happened. ``OUT.partial/job.json`` holds the fingerprint that ties the pieces to one recipe and one model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base.console import bar, chose, log
+from .base.errors import DataError, ModelError, ResourceError, UserError
+from .data import builtin
+from .data.text import calibration_batches
+from .evaluate.base import Score
+from .evaluate.suite import evaluate
+from .job import KEPT_FILES, NEVER_COPIED, Job, Unit, check_disk
+from .models.activations import ActivationStore
+from .models.builtin import BUILTIN
+from .models.checkpoint import UnitWriter, write_atomically
+from .models.select import groups_by_linear
+from .models.walk import Block, BlockStream
+from .numerics.error import LayerRecord
+from .reopen import load
+from .report.card import write_card
+from .report.html import write_html
+from .report.record import RunRecord
+
+PACKAGES = ("angelslim", "torch", "transformers", "safetensors", "compressed-tensors")
+SMALL_MODEL = 300_000_000  # parameters up to which a run measures perplexity unasked on a CPU
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folders of an unfinished run."""
+
+    root: Path  # OUT.partial
+
+    @property
+    def units(self) -> Path:
+        """Finished units, one safetensors file each."""
+        return self.root / "units"
+
+    @property
+    def records(self) -> Path:
+        """What was done to the layers of each finished unit, as JSON."""
+        return self.root / "records"
+
+    @property
+    def activations(self) -> Path:
+        """Hidden states between blocks."""
+        return self.root / "activations"
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the output."""
+        return self.root / "result"
+
+    def open(self, fingerprint: str) -> bool:
+        """Create the folders, or continue an unfinished run; return whether one was continued."""
+        marker = self.root / "job.json"
+        resumed = marker.exists()
+        if resumed and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{self.root} holds an unfinished run of another recipe or model.",
+                fix="Finish it with its own command, or delete that folder.",
+            )
+        for folder in (self.units, self.records, self.activations, self.result):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
+        return resumed
+
+
+def run(
+    job: Job,
+    out: Path,
+    *,
+    command: str = "",
+    overwrite: bool = False,
+    before: Sequence[Score] | None = None,
+) -> RunRecord:
+    """Carry out a job and leave a complete model folder in `out`; returns its record.
+
+    `before` are scores of the original that a caller already has; without them the original is measured too.
+    """
+    started = time.perf_counter()
+    fingerprint = job.fingerprint()
+    finished = _finished(out, fingerprint, overwrite)
+    if finished is not None:
+        return finished
+    workplace = Workplace(out.with_name(out.name + ".partial"))
+    try:
+        if not workplace.root.exists():
+            check_disk(job, out)
+        if workplace.open(fingerprint):
+            log.info("Continuing the unfinished run in %s", workplace.root)
+        layers = _compress(job, workplace)
+        _assemble(job, workplace)
+        record = _record(job, layers, workplace, command, fingerprint)
+        _measure(job, workplace, record, before)
+        record.seconds = round(time.perf_counter() - started, 3)
+        record.peak_memory_bytes = _peak_memory()
+        _describe(job, workplace, record)
+    except OSError as error:
+        raise ResourceError(
+            f"Writing to {workplace.root} failed ({error.strerror or error}).",
+            fix="Free some disk space or choose another --out; the same command continues where it stopped.",
+        ) from error
+    if out.exists():
+        shutil.rmtree(out)
+    workplace.result.rename(out)
+    shutil.rmtree(workplace.root)
+    return record
+
+
+def _finished(out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or overwrite:
+        return None
+    try:
+        record = RunRecord.load(out)
+    except (OSError, ValueError, KeyError, TypeError):
+        record = None
+    if record is not None and record.versions.get("fingerprint") == fingerprint:
+        log.info("%s already holds this result; nothing to do.", out)
+        return record
+    raise UserError(f"{out} already exists.", fix="Choose another --out, or pass --overwrite.")
+
+
+def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:
+    """Quantize and write every unit that is not on disk yet; return the records of all."""
+    writer = UnitWriter(workplace.units)
+    groups = groups_by_linear(job.source)
+    blocks = [unit for unit in job.units if unit.block is not None]
+    outside = [unit for unit in job.units if unit.block is None]
+    stream = _open_stream(job, workplace, writer, blocks) if job.calibrates else None
+    with bar("quantizing", len(job.units)) as progress:
+        for unit in [*blocks, *outside]:
+            records_file = workplace.records / f"{unit.name}.json"
+            if not (writer.has(unit.name) and records_file.exists()):
+                records = _process(job, unit, writer, groups, stream if unit.block is not None else None)
+                write_atomically(records_file, json.dumps([asdict(item) for item in records]).encode())
+            if stream is not None and unit.block is not None:
+                stream.store.commit(unit.block + 1)
+                write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
+                stream.store.forget(unit.block)
+            progress.advance()
+    loaded = (json.loads((workplace.records / f"{unit.name}.json").read_text("utf-8")) for unit in job.units)
+    return [LayerRecord.from_dict(raw) for records in loaded for raw in records]
+
+
+def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
+    data = job.config.dataset
+    samples = calibration_batches(
+        tokenizer_of(job.source.folder),
+        data.data_path,
+        samples=data.num_samples,
+        max_length=data.max_seq_length,
+        seed=job.config.global_.seed,
+    )
+    vocabulary = job.source.config.get_text_config().vocab_size
+    if max(int(ids.max()) for ids in samples) >= vocabulary:
+        raise DataError("The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer.")
+    store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
+    stream = BlockStream(job.source, samples, store, job.device)
+    marker = workplace.root / "next_block"
+    first = int(marker.read_text()) if marker.exists() else 0
+    if not store.complete(first, len(samples)):
+        first = 0
+    for unit in blocks:
+        assert unit.block is not None
+        if unit.block >= first:  # what lies beyond the last committed generation is done again
+            writer.path(unit.name).unlink(missing_ok=True)
+    stream.prepare(first)
+    return stream
+
+
+def _process(
+    job: Job, unit: Unit, writer: UnitWriter, groups: dict[str, Any], stream: BlockStream | None
+) -> list[LayerRecord]:
+    inside = set(unit.tensors)
+    layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
+    block = Block(job.source, unit.block, layers, groups)
+    if stream is not None and unit.block is not None:
+        block.stream, block.samples = stream, len(stream.samples)
+        with stream.resident(unit.block):
+            job.method.process(block)
+            if not block.advanced:
+                block.advance()
+    else:
+        job.method.process(block)
+    done = {result.layer.tensor for result in block.results}
+    missing = [layer.name for layer in layers if layer.tensor not in done]
+    assert not missing, f"{job.stage.method} left out {missing[:3]}"
+    tensors = {name: job.source.checkpoint.read(name) for name in unit.tensors if name not in done}
+    for result in block.results:
+        tensors |= job.exporter.tensors(
+            result.layer.name, result.weight, result.layer.scheme, result.input_scale
+        )
+    writer.write(unit.name, tensors)
+    return [result.record for result in block.results]
+
+
+def _assemble(job: Job, workplace: Workplace) -> None:
+    """Join the units into shards and write what makes them a model folder."""
+    result = workplace.result
+    for pattern in KEPT_FILES:
+        for file in job.source.folder.glob(pattern):
+            if file.name not in NEVER_COPIED:
+                shutil.copyfile(file, result / file.name)
+    config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
+    schemes = {layer.name: layer.scheme for layer in job.selection.layers}
+    config["quantization_config"] = job.exporter.config(schemes, _kept_linears(job))
+    write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    UnitWriter(workplace.units).finish(
+        [unit.name for unit in job.units], result, job.config.global_.max_shard_size
+    )
+
+
+def _kept_linears(job: Job) -> list[str]:
+    """Linears that stay in full precision, by the names that engines match: the model's and the checkpoint's."""
+    quantized = {layer.module for layer in job.selection.layers}
+    kept = [name for name in job.source.structure.linears if name not in quantized]
+    stored = [
+        tensor.removesuffix(".weight")
+        for tensor, target in job.source.targets.items()
+        if target.parameter.removesuffix(".weight") in set(kept)
+    ]
+    return list(dict.fromkeys([*kept, *stored]))
+
+
+def _measure(job: Job, workplace: Workplace, record: RunRecord, before: Sequence[Score] | None) -> None:
+    """Evaluate the original and the result, unless the recipe or the model's size says otherwise."""
+    if not job.config.evaluation.enabled:
+        return
+    if record.parameters > SMALL_MODEL and job.device.type == "cpu":
+        chose("no evaluation", f"{record.parameters / 1e9:.1f} B parameters on a CPU; use `angelslim eval` later")
+        return
+    record.before = list(before) if before is not None else measure(job, job.source.folder)
+    record.after = measure(job, workplace.result)
+
+
+def measure(job: Job, folder: Path) -> list[Score]:
+    """Evaluate the model in `folder` as the job's recipe asks: its own tasks by default for the built-in model."""
+    settings = job.config.evaluation
+    tasks = settings.tasks or (builtin.TASKS if job.source.name in BUILTIN else ())
+    return evaluate(
+        load(folder, device=job.device),
+        tokenizer_of(job.source.folder),
+        perplexity_text=Path(settings.perplexity) if isinstance(settings.perplexity, str) else None,
+        tasks=tasks,
+        samples=settings.samples,
+        seed=job.config.global_.seed,
+    )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder} has no usable tokenizer ({str(error).splitlines()[0][:120]}).",
+            fix="Copy tokenizer.json and tokenizer_config.json of the model into the folder.",
+        ) from error
+
+
+def _record(job: Job, layers: list[LayerRecord], workplace: Workplace, command: str, fingerprint: str) -> RunRecord:
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    files = sorted(workplace.result.glob("*.safetensors"))
+    return RunRecord(
+        method=job.name,
+        model=job.source.name,
+        model_type=job.source.structure.model_type,
+        scheme=str(job.scheme),
+        format=job.exporter.describe(job.scheme),
+        parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
+        bytes_before=job.source.checkpoint.nbytes,
+        bytes_after=sum(file.stat().st_size for file in files),
+        bits_per_weight=sum(x.bits_per_weight * x.shape[0] * x.shape[1] for x in layers) / weights,
+        seconds=0.0,
+        peak_memory_bytes=0,
+        layers=layers,
+        skipped=job.selection.skipped,
+        config=job.resolved.raw,
+        provenance=job.resolved.provenance,
+        command=command,
+        seed=job.config.global_.seed,
+        versions={"python": platform.python_version(), **versions(PACKAGES), "fingerprint": fingerprint},
+        hashes={file.name: _sha256(file) for file in files},
+        warnings=job.resolved.warnings,
+    )
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the installed version of each package."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _peak_memory() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _describe(job: Job, workplace: Workplace, record: RunRecord) -> None:
+    result = workplace.result
+    write_atomically(result / "run.json", record.to_json().encode())
+    write_atomically(result / "run.yaml", job.resolved.to_yaml().encode())
+    write_html([record], result / "report.html")
+    write_card(record, result / "README.md")

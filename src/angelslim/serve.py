@@ -1,0 +1,82 @@
+"""Layer 5: hand a model folder over to a serving engine: choose it, say why, build its command, run it.
+
+Every engine offers the OpenAI-compatible HTTP interface, so the same request works with all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base.errors import ConfigError, ModelError, ResourceError, did_you_mean
+
+ENGINES = ("vllm", "sglang", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command to run, and why this engine."""
+
+    engine: str
+    command: tuple[str, ...]
+    because: str
+    port: int
+    model: str
+
+    def __str__(self) -> str:
+        return shlex.join(self.command)
+
+    @property
+    def request(self) -> str:
+        """A curl line that asks the served model something."""
+        body = f'{{"model": "{self.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+        return f"curl http://127.0.0.1:{self.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def plan_launch(folder: Path, engine: str = "auto", port: int = 8000, extra: Sequence[str] = ()) -> Launch:
+    """Build the command that serves `folder`; nothing is started."""
+    gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else [folder] if folder.suffix == ".gguf" else []
+    if not gguf and not (folder / "config.json").exists():
+        raise ModelError(f"{folder} is no model folder and no .gguf file.", fix="Give the folder that `run` wrote.")
+    chosen, because = _choose(engine, bool(gguf))
+    builders = {
+        "vllm": ("vllm", "serve", str(folder), "--port", str(port)),
+        "sglang": (sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)),
+        "llama.cpp": ("llama-server", "-m", str(gguf[0]) if gguf else "", "--port", str(port)),
+    }
+    return Launch(chosen, (*builders[chosen], *extra), because, port, str(folder))
+
+
+def _choose(engine: str, gguf: bool) -> tuple[str, str]:
+    if engine == "auto":
+        if gguf:
+            return "llama.cpp", "the folder holds a GGUF file"
+        if not installed("vllm") and installed("sglang"):
+            return "sglang", "it is installed and vLLM is not"
+        return "vllm", "it reads every checkpoint format written here"
+    if engine not in ENGINES:
+        raise ConfigError(f"Unknown engine {engine!r}.", fix=did_you_mean(engine, ENGINES))
+    if engine == "llama.cpp" and not gguf:
+        raise ModelError("llama.cpp reads GGUF files, and the folder holds none.", fix="Use --engine vllm or sglang.")
+    return engine, "asked for"
+
+
+def installed(engine: str) -> bool:
+    """Say whether an engine can be started from here."""
+    if engine == "sglang":
+        return importlib.util.find_spec("sglang") is not None
+    return shutil.which("llama-server" if engine == "llama.cpp" else engine) is not None
+
+
+def launch(plan: Launch) -> int:
+    """Run the command until it ends; return its exit status."""
+    if not installed(plan.engine):
+        install = {"vllm": "pip install vllm", "sglang": "pip install sglang", "llama.cpp": "build llama.cpp's llama-server"}
+        raise ResourceError(f"{plan.engine} is not installed here.", fix=f"Run: {install[plan.engine]}")
+    return subprocess.call(plan.command)

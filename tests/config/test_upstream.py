@@ -1,0 +1,192 @@
+import pytest
+
+from angelslim.base.errors import ConfigError
+from angelslim.config import load, stages
+from angelslim.config.upstream import METHODS
+from angelslim.numerics.scheme import PRESETS
+
+
+def ask(name, _section=None, **method):
+    section = {"name": name, "quant_method": method, **(_section or {})}
+    (*before, stage) = stages(load({"compression": {"name": "PTQ", "quantization": section}}).config)
+    assert not before
+    return stage
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "algorithm", "scheme"),
+    [
+        ("fp8_static", {}, "rtn", "W fp8_e4m3 per-tensor, A fp8_e4m3 per-tensor static"),
+        ("fp8_static", {"weight": "per-channel"}, "rtn", "W fp8_e4m3 per-channel, A fp8_e4m3 per-tensor static"),
+        ("fp8_dynamic", {}, "rtn", "W fp8_e4m3 per-channel, A fp8_e4m3 per-token dynamic"),
+        ("fp8_dynamic", {"weight": "per-tensor", "activation": "per-tensor"}, "rtn",
+         "W fp8_e4m3 per-tensor, A fp8_e4m3 per-tensor dynamic"),
+        ("fp8_dynamic", {"weight": "per-block", "activation": "per-block"}, "rtn",
+         "W fp8_e4m3 per-block 128x128, A fp8_e4m3 per-group 128 dynamic"),
+        ("fp8_dynamic", {"block_size": [64, 32]}, "rtn", "W fp8_e4m3 per-block 64x32, A fp8_e4m3 per-group 32 dynamic"),
+        ("fp8_block", {}, "rtn", "W fp8_e4m3 per-block 128x128, A fp8_e4m3 per-group 128 dynamic"),
+        ("fp8_blockwise", {"block_size": 64}, "rtn", "W fp8_e4m3 per-block 64x64, A fp8_e4m3 per-group 64 dynamic"),
+        ("fp8_lepto", {}, "lepto", "W fp8_e4m3 per-tensor, A fp8_e4m3 per-tensor static"),
+        ("int8_dynamic", {"activation": "per_token"}, "rtn", "W int8 per-channel, A int8 per-token dynamic"),
+        ("int8_static", {}, "rtn", "W int8 per-channel, A int8 per-tensor static"),
+        ("int4_rtn", {}, "rtn", "W int4 per-group 128"),
+        ("int4_rtn", {"group_size": 32}, "rtn", "W int4 per-group 32"),
+        ("int4_rtn", {"weight": "per-group", "group_size": -1}, "rtn", "W int4 per-channel"),
+        ("int4_rtn", {"zero_point": True}, "rtn", "W int4 per-group 128 asymmetric"),
+        ("int4_awq", {}, "awq", "W int4 per-group 128 asymmetric"),
+        ("int4_awq", {"zero_point": False, "group_size": 64}, "awq", "W int4 per-group 64"),
+        ("int4_gptq", {"weight": "per-channel"}, "gptq", "W int4 per-channel"),
+        ("w4a8_fp8", {"weight": "per-group", "group_size": 128, "activation": "per-tensor"}, "rtn",
+         "W int4 per-group 128, A fp8_e4m3 per-tensor static"),
+        ("w4a8i8", {}, "rtn", "W int4 per-group 128, A int8 per-token dynamic"),
+    ],
+)  # fmt: skip
+def test_names_and_granularities_become_schemes(name, method, algorithm, scheme):
+    stage = ask(name, **method)
+    assert (stage.kind, stage.method, str(stage.scheme)) == ("ptq", algorithm, scheme)
+
+
+def test_presets_stay_presets():
+    for name in ("fp8_static", "fp8_dynamic", "fp8_block", "int8_dynamic"):
+        assert ask(name).scheme == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_public_method_name_gives_a_stage(name):
+    stage = ask(name)
+    assert stage.method
+    if stage.scheme is None:
+        assert stage.method == name, "what the numerics cannot express keeps its public name"
+
+
+def test_formats_that_the_numerics_lack_keep_every_word():
+    stage = ask("mxfp_of_tomorrow", weight="per-group", group_size=16, actorder=True)
+    assert stage.scheme is None
+    assert stage.options == {"weight": "per-group", "group_size": 16, "actorder": True}
+
+
+def test_options_hold_what_was_given_and_no_more():
+    assert ask("fp8_static").options == {}
+    assert ask("int4_gptaq", actorder=False).options == {"gptaq": True, "actorder": False}
+    assert ask("int4_awq", mse_range=True).options == {"mse_range": True}
+    observer = {"observer": "percentile", "percentile": 99.0}
+    assert ask("fp8_static", observer).options == observer
+    assert ask("fp8_static", {"observer": "mse", "percentile": 99.0}).options == {"observer": "mse"}
+    assert ask("fp8_static", {"observer": "percentile"}).options == {
+        "observer": "percentile",
+        "percentile": 99.99,
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "ignore"),
+    [
+        ({}, ("lm_head",)),
+        ({"ignore_layers": ["visual", "visual"]}, ("lm_head", "visual")),
+        ({"ignore_layers": ["visual", "lm_head"]}, ("visual", "lm_head")),
+        ({"ignore_layers": ["lm_head", "visual"], "quantize_lm_head": True}, ("visual",)),
+        ({"ignore_layers": ["model.embed_tokens"], "quantize_embeddings": True}, ("lm_head",)),
+    ],
+)
+def test_the_head_is_left_alone_unless_asked_for(section, ignore):
+    assert ask("fp8_dynamic", section).ignore == ignore
+
+
+def test_smoothing_comes_first():
+    section = {"name": "int8_dynamic", "quant_helpers": ["smooth"], "smooth_alpha": 0.8}
+    first, second = stages(load({"compression": {"quantization": section}}).config)
+    assert (first.kind, first.method, first.options) == ("transform", "smooth", {"alpha": 0.8})
+    assert second.method == "rtn"
+
+
+def test_kv_cache_follows_the_number_kind():
+    assert str(ask("fp8_static", kv_cache="per-tensor").scheme.kv) == "fp8_e4m3 per-tensor"
+    assert str(ask("int8_dynamic", kv_cache="per-tensor").scheme.kv) == "int8 per-tensor"
+    assert ask("fp8_static").scheme.kv is None
+
+
+def test_explicit_schemes():
+    spec = {"weight": {"format": "int4", "granularity": "per-group", "group_size": 64, "symmetric": False},
+            "input": {"format": "fp8_e4m3", "granularity": "per-token", "dynamic": True}}  # fmt: skip
+    stage = stages(load({"compression": {"quantization": {"scheme": spec}}}).config)[0]
+    assert stage.method == "rtn"
+    assert str(stage.scheme) == "W int4 per-group 64 asymmetric, A fp8_e4m3 per-token dynamic"
+    named = ask("int4_gptq", {"scheme": "int8_dynamic"})
+    assert (named.method, named.scheme) == ("gptq", PRESETS["int8_dynamic"])
+    assert str(ask("int4_gptq", {"scheme": "int4"}, group_size=32).scheme) == "W int4 per-group 32"
+
+
+def test_training_schemes_come_from_the_plugin_or_else_from_the_quantization():
+    plugin = {
+        "quant_config": {
+            "use_weight_quant": True,
+            "weight": {"qtype": "int4", "granularity": "per_group", "group_size": 128},
+        }
+    }
+    section = {"name": "QAT", "quantization": {"name": "fp8_static"}, "QAT": {"plugin_config": plugin}}
+    assert str(stages(load({"compression": section}).config)[0].scheme) == "W int4 per-group 128"
+    section["QAT"] = {"training_mode": "end2end"}
+    stage = stages(load({"compression": section}).config)[0]
+    assert (stage.kind, stage.method, stage.scheme) == ("qat", "end2end", PRESETS["fp8_static"])
+
+
+def test_pruning_stages_keep_place_and_arguments():
+    dart = {"strategy": "dart", "params": {"ratio": 0.5}}
+    data = {
+        "compressor": {
+            "requirements": {"inputs_embeds": True},
+            "strategies": {10: dart, 2: dart, "global": dart},
+        }
+    }
+    found = stages(load(data).config)
+    assert [stage.options["layer"] for stage in found] == [None, 2, 10]
+    assert found[0].options["ratio"] == 0.5
+    assert found[0].options["requirements"] == {"inputs_embeds": True}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"name": "fp8_static", "quant_method": {"weight": "per-token"}}, r"quant_method.weight: Weights cannot be per-token"),
+        ({"name": "fp8_static", "quant_method": {"activation": "per-token"}}, r"Static activation scales cannot be per-token"),
+        ({"name": "fp8_dynamic", "quant_method": {"activation": "per-channel"}}, r"Activations cannot be per-channel"),
+        ({"name": "int4_rtn", "quant_method": {"group_size": 0}}, r"group_size 0 is impossible"),
+        ({"name": "int4_rtn", "quant_method": {"weight": "per-group", "group_size": -2}}, r"group_size -2 is impossible"),
+        ({"name": "fp8_block", "quant_method": {"block_size": [128, 0]}}, r"block_size \[128, 0\] is impossible"),
+        ({"name": "fp8_block", "quant_method": {"block_size": [1, 2, 3]}}, r"block_size \[1, 2, 3\] is impossible"),
+        ({"name": "fp8_static", "quant_method": {"zero_point": True}}, r"zero point on fp8_e4m3"),
+        ({"name": "fp8_static", "quant_method": {"kv_cache": "per-token"}}, r"KV cache cannot be per-token"),
+        ({}, r"names neither a method nor a scheme"),
+        ({"scheme": "int4_x"}, r"Unknown scheme 'int4_x'. Did you mean 'int4'"),
+        ({"scheme": {"weight": {"format": "int5"}}}, r"scheme.weight: Unknown number format 'int5'"),
+        ({"scheme": {"weight": {"format": "int8", "dynamic": True}}}, r"Weights cannot be dynamic"),
+        ({"scheme": {"weight": {"format": "int8", "granularity": "per-token"}}}, r"Weights cannot be per-token"),
+        ({"scheme": {"weight": {"format": "fp8_e4m3", "symmetric": False}}}, r"symmetric by nature"),
+        ({"scheme": {"weight": {"format": "int8"}, "input": {"format": "int8", "granularity": "per-token"}}}, r"Static activation"),
+        ({"scheme": {"weight": {"format": "int8"}}, "quant_method": {"weight": "per-channel"}}, r"both say the granularity"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations(quantization, message):
+    config = load({"compression": {"name": "PTQ", "quantization": quantization}}).config
+    with pytest.raises(ConfigError, match=message):
+        stages(config)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"model": {"model_path": "x"}}, "asks for nothing"),
+        ({"compression": {"name": "Sparsity"}}, "name is Sparsity, but its section is missing"),
+        ({"compression": {"name": "PTQ"}}, "name is PTQ, but its section is missing"),
+        ({"compression": [{"calibrate": {"backend": "vllm"}}]}, "The stage has no method"),
+        ({"compressor": {"strategies": {}}}, "strategies is empty"),
+    ],
+)
+def test_nothing_to_do_is_an_error(data, message):
+    with pytest.raises(ConfigError, match=message):
+        stages(load(data).config)
+
+
+def test_a_transform_alone_is_a_run():
+    (stage,) = stages(load({"transform": {"name": "SpinQuant"}, "compression": {"name": "PTQ"}}).config)
+    assert (stage.kind, stage.method) == ("transform", "spin")

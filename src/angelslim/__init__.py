@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine as Engine
     from .engine import compress as compress
-    from .reopen import load as load
     from .models.builtin import builtin_model as builtin_model
+    from .reopen import load as load
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "__version__", "builtin_model", "compress", "load"]

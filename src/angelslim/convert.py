@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .base.console import bar
 from .base.errors import ModelError, SchemeError, UserError
@@ -32,18 +34,25 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
     exporter = FORMATS.get(wanted.replace("-", "_"))
     reason = exporter.refuses(checkpoint.scheme)
     if reason:
-        raise SchemeError(f"Format {wanted!r} cannot hold {checkpoint.scheme}: {reason}.", fix="`angelslim ls` lists formats.")
+        raise SchemeError(
+            f"Format {wanted!r} cannot hold {checkpoint.scheme}: {reason}.",
+            fix="`angelslim ls` lists formats.",
+        )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     result = partial / "result"
     result.mkdir(parents=True)
     writer = UnitWriter(partial / "units")
-    plain = [name for name in checkpoint.stored if name.rpartition(".")[0] not in checkpoint.parts or name.endswith(".bias")]
+    plain = [
+        name
+        for name in checkpoint.stored
+        if name.rpartition(".")[0] not in checkpoint.parts or name.endswith(".bias")
+    ]
     names = list(checkpoint.parts)
     units = []
     with bar("converting", len(names)) as progress:
         for start in range(0, len(names), LAYERS_PER_UNIT):
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name in names[start : start + LAYERS_PER_UNIT]:
                 layer = checkpoint.restore(name)
                 tensors |= exporter.tensors(name, layer.weight, layer.scheme, layer.input_scale)
@@ -66,7 +75,7 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
     shutil.rmtree(partial)
 
 
-def open_compressed(folder: Path) -> tuple[QuantizedCheckpoint, dict[str, object] | dict]:  # type: ignore[type-arg]
+def open_compressed(folder: Path) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
     """Open a compressed folder; a plain model is a `ModelError`."""
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is None:
@@ -86,6 +95,9 @@ def check(folder: Path) -> int:
             scales = [layer.weight.scale, *([layer.input_scale] if layer.input_scale is not None else [])]
             bad = any(not torch.isfinite(s.float()).all() or (s.float() <= 0).any() for s in scales)
             if bad or not layer.weight.dequantize().isfinite().all():
-                raise ModelError(f"{folder}: layer {name!r} has a scale or weight that is not finite.", fix="Compress the model again.")
+                raise ModelError(
+                    f"{folder}: layer {name!r} has a scale or weight that is not finite.",
+                    fix="Compress the model again.",
+                )
             progress.advance()
     return len(checkpoint.parts)

@@ -49,7 +49,12 @@ class Result:
 
 
 def compress(
-    model: Any, recipe: str | Path | Mapping[str, Any], *, out: str | Path | None = None, tokenizer: Any = None, **overrides: Any
+    model: Any,
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    **overrides: Any,
 ) -> Result:
     """Compress a model (folder, hub id, built-in name or transformers model) with a recipe or method name.
 
@@ -61,7 +66,9 @@ def compress(
     resolved = load_recipe(recipe, settings)
     folder = _temporary_folder() / "result" if out is None else Path(out)
     job = prepare(resolved, _as_folder(model, tokenizer))
-    call = ", ".join([repr(str(model)[:80]), repr(str(recipe)), *(f"{k}={v!r}" for k, v in overrides.items())])
+    call = ", ".join(
+        [repr(str(model)[:80]), repr(str(recipe)), *(f"{k}={v!r}" for k, v in overrides.items())]
+    )
     return Result(folder, pipeline.run(job, folder, command=f"angelslim.compress({call})"))
 
 
@@ -69,7 +76,9 @@ def _as_folder(model: Any, tokenizer: Any) -> str | Path:
     if isinstance(model, (str, Path)):
         return model
     if not hasattr(model, "save_pretrained"):
-        raise ConfigError(f"A {type(model).__name__} cannot be compressed.", fix="Give a folder or a transformers model.")
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be compressed.", fix="Give a folder or a transformers model."
+        )
     folder = _temporary_folder()
     model.save_pretrained(folder)
     if tokenizer is not None:
@@ -154,7 +163,10 @@ class Engine:
         if default_method is not None:
             base: dict[str, Any] = {"extends": default_method}
         elif compress_config is not None:
-            base = {"compression": {"name": compress_name, **compress_config}, "global": dict(global_config or {})}
+            base = {
+                "compression": {"name": compress_name, **compress_config},
+                "global": dict(global_config or {}),
+            }
         else:
             raise ConfigError("prepare_compressor needs default_method or compress_config.")
         sections = {name: values for name, values in self._sections.items() if values}

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,10 +28,13 @@ from .export.base import Exporter, choose
 from .methods.base import PTQ, Blockwise
 from .models.loading import Source, open_model
 from .models.select import Layer, Selection, select
+from .numerics.error import error_of
 from .numerics.quantize import quantize, tile_of
 from .numerics.scheme import Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
+LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
+FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 
@@ -78,7 +80,14 @@ class Job:
         settings = self.config.model_dump(mode="json", exclude={"global_": {"save_path"}, "evaluation": True})
         files = {info.file for info in self.source.checkpoint.tensors.values()}
         sizes = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        parts = [settings, sizes, str(self.source.folder.resolve()), __version__, torch.__version__, str(self.device)]
+        parts = [
+            settings,
+            sizes,
+            str(self.source.folder.resolve()),
+            __version__,
+            torch.__version__,
+            str(self.device),
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -117,7 +126,9 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         )
     device = _device(config.global_.device)
     units = _units(source)
-    return Job(resolved, config, source, stage, stage.scheme, method, selection, format_name, exporter, device, units)
+    return Job(
+        resolved, config, source, stage, stage.scheme, method, selection, format_name, exporter, device, units
+    )
 
 
 def _only_stage(found: Sequence[Stage]) -> Stage:
@@ -128,7 +139,11 @@ def _only_stage(found: Sequence[Stage]) -> Stage:
                 fix=f"Built methods: {', '.join(PTQ)}; `angelslim ls` lists the recipes that run.",
             )
     if len(found) != 1:
-        what = "names no compression" if not found else f"asks for {len(found)} quantizations of the same weights"
+        what = (
+            "names no compression"
+            if not found
+            else f"asks for {len(found)} quantizations of the same weights"
+        )
         raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
     return found[0]
 
@@ -238,7 +253,9 @@ def estimate(job: Job) -> Plan:
 def _role(layer: Layer, source: Source) -> str:
     if layer.block is None:
         return layer.name
-    return ".".join(part for part in layer.name.split(f".{layer.block}.", 1)[-1].split(".") if not part.isdigit())
+    return ".".join(
+        part for part in layer.name.split(f".{layer.block}.", 1)[-1].split(".") if not part.isdigit()
+    )
 
 
 def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
@@ -247,31 +264,39 @@ def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
     tiles = -(-layer.shape[0] // rows) * -(-layer.shape[1] // columns)
     scale_bytes = dtype.itemsize if quant.format.bits < 8 else 4
     zero_bits = 0 if quant.symmetric else quant.format.bits
-    return layer.shape[0] * layer.shape[1] * quant.format.bits // 8 + tiles * scale_bytes + tiles * zero_bits // 8
+    return (
+        layer.shape[0] * layer.shape[1] * quant.format.bits // 8
+        + tiles * scale_bytes
+        + tiles * zero_bits // 8
+    )
 
 
 def activation_bytes(job: Job) -> int:
     """Bytes of one generation of hidden states."""
     hidden: int = job.source.config.get_text_config().hidden_size
     data = job.config.dataset
-    return data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize if job.calibrates else 0
+    return (
+        data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize if job.calibrates else 0
+    )
 
 
 def peak_memory(job: Job) -> int:
-    """Resident bytes: the libraries, the largest unit with its result, float32 copies of the largest layer."""
+    """Resident bytes at the worst unit: its tensors, its result, and float32 copies of its largest layer.
+
+    While calibrating, the embedding is resident once, before the first block, and the activations always.
+    """
     tensors = job.source.checkpoint.tensors
-    quantized = {layer.tensor for layer in job.selection.layers}
-    unit_bytes = []
+    layers = {layer.tensor: layer for layer in job.selection.layers}
+    worst = 0
     for unit in job.units:
-        whole = sum(tensors[name].nbytes for name in unit.tensors)
-        kept = sum(tensors[name].nbytes for name in unit.tensors if name not in quantized)
-        written = kept + sum(_stored_bytes(x, tensors[x.tensor].dtype) for x in job.selection.layers if x.block == unit.block)
-        unit_bytes.append((whole if job.calibrates and unit.block is not None else 0) + written)
-    largest = max(layer.shape[0] * layer.shape[1] for layer in job.selection.layers)
-    embedding = max((tensors[name].nbytes for name in tensors if name not in quantized), default=0)
+        quantized = [layers[name] for name in unit.tensors if name in layers]
+        kept = sum(tensors[name].nbytes for name in unit.tensors if name not in layers)
+        result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in quantized)
+        source = sum(tensors[layer.tensor].nbytes for layer in quantized) if job.calibrates else 0
+        largest = max((layer.shape[0] * layer.shape[1] for layer in quantized), default=0)
+        worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest)
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
-    working = max(max(unit_bytes) + 6 * 4 * largest, embedding if job.calibrates else 0)
-    return 650 * 2**20 + working + activations
+    return LIBRARIES + worst + activations
 
 
 def disk_needed(job: Job, output: int) -> int:
@@ -307,7 +332,7 @@ def _seconds(job: Job, weights: int, tokens: int) -> float:
     matrix = torch.randn(side, side, device=job.device, dtype=job.source.dtype)
     quant = job.scheme.weight
     rates = []
-    for work in (lambda: matrix @ matrix, lambda: quantize(matrix, quant).dequantize().double().norm().item()):
+    for work in (lambda: matrix @ matrix, lambda: error_of(matrix, quantize(matrix, quant).dequantize())):
         work()
         start = time.perf_counter()
         for _ in range(3):

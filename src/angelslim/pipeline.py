@@ -24,6 +24,7 @@ import torch
 
 from .base.console import bar, chose, log
 from .base.errors import DataError, ModelError, ResourceError, UserError
+from .config.files import write_yaml
 from .data import builtin
 from .data.text import calibration_batches
 from .evaluate.base import Score
@@ -135,7 +136,7 @@ def _finished(out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
         record = RunRecord.load(out)
     except (OSError, ValueError, KeyError, TypeError):
         record = None
-    if record is not None and record.versions.get("fingerprint") == fingerprint:
+    if record is not None and record.fingerprint == fingerprint:
         log.info("%s already holds this result; nothing to do.", out)
         return record
     raise UserError(f"{out} already exists.", fix="Choose another --out, or pass --overwrite.")
@@ -154,10 +155,10 @@ def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:
             if not (writer.has(unit.name) and records_file.exists()):
                 records = _process(job, unit, writer, groups, stream if unit.block is not None else None)
                 write_atomically(records_file, json.dumps([asdict(item) for item in records]).encode())
-            if stream is not None and unit.block is not None:
-                stream.store.commit(unit.block + 1)
-                write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
-                stream.store.forget(unit.block)
+                if stream is not None and unit.block is not None:
+                    stream.store.commit(unit.block + 1)
+                    write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
+                    stream.store.forget(unit.block)
             progress.advance()
     loaded = (json.loads((workplace.records / f"{unit.name}.json").read_text("utf-8")) for unit in job.units)
     return [LayerRecord.from_dict(raw) for records in loaded for raw in records]
@@ -174,7 +175,9 @@ def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: lis
     )
     vocabulary = job.source.config.get_text_config().vocab_size
     if max(int(ids.max()) for ids in samples) >= vocabulary:
-        raise DataError("The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer.")
+        raise DataError(
+            "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
+        )
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
     stream = BlockStream(job.source, samples, store, job.device)
     marker = workplace.root / "next_block"
@@ -194,7 +197,7 @@ def _process(
 ) -> list[LayerRecord]:
     inside = set(unit.tensors)
     layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
-    block = Block(job.source, unit.block, layers, groups)
+    block = Block(job.source, unit.block, layers, groups, job.device)
     if stream is not None and unit.block is not None:
         block.stream, block.samples = stream, len(stream.samples)
         with stream.resident(unit.block):
@@ -224,21 +227,26 @@ def _assemble(job: Job, workplace: Workplace) -> None:
                 shutil.copyfile(file, result / file.name)
     config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
     schemes = {layer.name: layer.scheme for layer in job.selection.layers}
-    config["quantization_config"] = job.exporter.config(schemes, _kept_linears(job))
+    config["quantization_config"] = job.exporter.config(schemes, _kept_matrices(job))
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     UnitWriter(workplace.units).finish(
         [unit.name for unit in job.units], result, job.config.global_.max_shard_size
     )
 
 
-def _kept_linears(job: Job) -> list[str]:
-    """Linears that stay in full precision, by the names that engines match: the model's and the checkpoint's."""
+def _kept_matrices(job: Job) -> list[str]:
+    """Matrices in full precision that engines might take for linears, by the model's and the checkpoint's names.
+
+    Routers belong to them: transformers computes them as functions, vLLM builds them as linears.
+    """
+    structure = job.source.structure
     quantized = {layer.module for layer in job.selection.layers}
-    kept = [name for name in job.source.structure.linears if name not in quantized]
+    routers = {name for groups in structure.groups.values() for group in groups for name in group.others}
+    kept = [name for name in structure.linears if name not in quantized]
     stored = [
         tensor.removesuffix(".weight")
         for tensor, target in job.source.targets.items()
-        if target.parameter.removesuffix(".weight") in set(kept)
+        if target.pattern is None and target.parameter.removesuffix(".weight") in routers | set(kept)
     ]
     return list(dict.fromkeys([*kept, *stored]))
 
@@ -248,7 +256,10 @@ def _measure(job: Job, workplace: Workplace, record: RunRecord, before: Sequence
     if not job.config.evaluation.enabled:
         return
     if record.parameters > SMALL_MODEL and job.device.type == "cpu":
-        chose("no evaluation", f"{record.parameters / 1e9:.1f} B parameters on a CPU; use `angelslim eval` later")
+        chose(
+            "no evaluation",
+            f"{record.parameters / 1e9:.1f} B parameters on a CPU; use `angelslim eval` later",
+        )
         return
     record.before = list(before) if before is not None else measure(job, job.source.folder)
     record.after = measure(job, workplace.result)
@@ -281,7 +292,9 @@ def tokenizer_of(folder: Path) -> Any:
         ) from error
 
 
-def _record(job: Job, layers: list[LayerRecord], workplace: Workplace, command: str, fingerprint: str) -> RunRecord:
+def _record(
+    job: Job, layers: list[LayerRecord], workplace: Workplace, command: str, fingerprint: str
+) -> RunRecord:
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     files = sorted(workplace.result.glob("*.safetensors"))
     return RunRecord(
@@ -302,7 +315,8 @@ def _record(job: Job, layers: list[LayerRecord], workplace: Workplace, command: 
         provenance=job.resolved.provenance,
         command=command,
         seed=job.config.global_.seed,
-        versions={"python": platform.python_version(), **versions(PACKAGES), "fingerprint": fingerprint},
+        versions={"python": platform.python_version(), **versions(PACKAGES)},
+        fingerprint=fingerprint,
         hashes={file.name: _sha256(file) for file in files},
         warnings=job.resolved.warnings,
     )
@@ -334,6 +348,8 @@ def _peak_memory() -> int:
 def _describe(job: Job, workplace: Workplace, record: RunRecord) -> None:
     result = workplace.result
     write_atomically(result / "run.json", record.to_json().encode())
-    write_atomically(result / "run.yaml", job.resolved.to_yaml().encode())
+    settings = job.resolved.raw
+    named = {**settings, "model": {**(settings.get("model") or {}), "model_path": job.source.name}}
+    write_atomically(result / "run.yaml", write_yaml(named).encode())
     write_html([record], result / "report.html")
     write_card(record, result / "README.md")

@@ -73,10 +73,14 @@ def open_quantized(folder: Path, config: Any) -> QuantizedCheckpoint:
         exporter = FORMATS.get(name)
         if exporter.method == method:
             return QuantizedCheckpoint(folder, exporter, exporter.schemes(settings), torch_dtype(config))
-    raise ModelError(f"{folder} uses the format {method!r}, which cannot be read here.", fix="Load it in its own engine.")
+    raise ModelError(
+        f"{folder} uses the format {method!r}, which cannot be read here.", fix="Load it in its own engine."
+    )
 
 
-def load(reference: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> Any:
+def load(
+    reference: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> Any:
     """Open a model folder, compressed or not, as a transformers model ready for ``generate``.
 
     >>> model = load("tiny-lm")  # doctest: +SKIP

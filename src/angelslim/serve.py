@@ -43,11 +43,21 @@ def plan_launch(folder: Path, engine: str = "auto", port: int = 8000, extra: Seq
     """Build the command that serves `folder`; nothing is started."""
     gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else [folder] if folder.suffix == ".gguf" else []
     if not gguf and not (folder / "config.json").exists():
-        raise ModelError(f"{folder} is no model folder and no .gguf file.", fix="Give the folder that `run` wrote.")
+        raise ModelError(
+            f"{folder} is no model folder and no .gguf file.", fix="Give the folder that `run` wrote."
+        )
     chosen, because = _choose(engine, bool(gguf))
     builders = {
         "vllm": ("vllm", "serve", str(folder), "--port", str(port)),
-        "sglang": (sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)),
+        "sglang": (
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(folder),
+            "--port",
+            str(port),
+        ),
         "llama.cpp": ("llama-server", "-m", str(gguf[0]) if gguf else "", "--port", str(port)),
     }
     return Launch(chosen, (*builders[chosen], *extra), because, port, str(folder))
@@ -63,7 +73,9 @@ def _choose(engine: str, gguf: bool) -> tuple[str, str]:
     if engine not in ENGINES:
         raise ConfigError(f"Unknown engine {engine!r}.", fix=did_you_mean(engine, ENGINES))
     if engine == "llama.cpp" and not gguf:
-        raise ModelError("llama.cpp reads GGUF files, and the folder holds none.", fix="Use --engine vllm or sglang.")
+        raise ModelError(
+            "llama.cpp reads GGUF files, and the folder holds none.", fix="Use --engine vllm or sglang."
+        )
     return engine, "asked for"
 
 
@@ -77,6 +89,10 @@ def installed(engine: str) -> bool:
 def launch(plan: Launch) -> int:
     """Run the command until it ends; return its exit status."""
     if not installed(plan.engine):
-        install = {"vllm": "pip install vllm", "sglang": "pip install sglang", "llama.cpp": "build llama.cpp's llama-server"}
+        install = {
+            "vllm": "pip install vllm",
+            "sglang": "pip install sglang",
+            "llama.cpp": "build llama.cpp's llama-server",
+        }
         raise ResourceError(f"{plan.engine} is not installed here.", fix=f"Run: {install[plan.engine]}")
     return subprocess.call(plan.command)

@@ -5,13 +5,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from angelslim.base.errors import DataError, MissingExtra
 from angelslim.data.builtin import examples
 from angelslim.evaluate.base import Score
 from angelslim.evaluate.harness import run_harness, to_scores, write_builtin_task
 from angelslim.evaluate.tasks import exact_match
+from angelslim.models.builtin import builtin_model
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,6 @@ def test_harness_and_own_evaluation_send_the_same_prompt_and_agree(model, tokeni
     who = "own"
 
     def oracle(input_ids, attention_mask, **_):
-        import torch
-
         rows = []
         for row, mask in zip(input_ids, attention_mask, strict=True):
             ids = row[mask.bool()].tolist()
@@ -92,3 +93,15 @@ def test_unknown_task_and_missing_package(model, tokenizer, folder, monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'angelslim\[eval\]'"):
         run_harness(model, tokenizer, ["angelslim_addition"], include_path=folder)
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_builtin_model_scores_alike_in_both(tmp_path, thinking):
+    folder = builtin_model("tiny-lm")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    task = write_builtin_task(tmp_path, samples=6, thinking=thinking)
+    (score,) = run_harness(model, tokenizer, [task], include_path=tmp_path, limit=4, thinking=thinking)
+    own = exact_match(model, tokenizer, examples("addition", "evaluation", 4, thinking=thinking))
+    assert score.samples == 4
+    assert 100 * score.value == own.value >= 50

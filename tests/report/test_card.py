@@ -34,7 +34,7 @@ def test_a_local_path_is_no_base_model(record, model):
 def test_the_card_tells_the_run(record):
     card = render_card(record)
     for words in (
-        "| fp8_static | 9.871 ±0.22 | 99.0 ±1.1 | 97.0 ±1.2 | 7.39 | 8.00 | 1.58x | 219 |",
+        "| fp8_static | 9.871 | 99.0 ±1.1 | 97.0 ±1.2 | 7.39 | 8.00 | 1.58x | 219 |",
         "perplexity on 16,383 tokens, addition on 200 examples",
         "42 linear layers were quantized to 8.00 bits a weight",
         "`lm_head` (shares its weight with the embedding)",

@@ -19,8 +19,9 @@ def test_doctests():
     "score, text",
     [
         (None, "not evaluated"),
-        (Score("perplexity", 9.8421, stderr=0.2134), "9.842 ±0.21"),
+        (Score("perplexity", 9.8421, stderr=0.2134), "9.842"),
         (Score("addition", 100.0, "%", stderr=0.0), "100.0 ±0"),
+        (Score("gsm8k/acc", 0.51234, stderr=0.0123), "0.512 ±0.012"),
         (Score("ttft", 0.1234, "ms"), "0.12"),
         (Score("decode", 246.4, "tokens/s"), "246"),
         (Score("perplexity", 54321.0), "54,321"),
@@ -53,8 +54,16 @@ def test_change():
         (Score("a", 99.5, "%", stderr=0.5), Score("a", 95.0, "%", stderr=1.1), "worse"),
         (Score("a", 90.0, "%", stderr=0.5), Score("a", 95.0, "%", stderr=1.1), "better"),
         # a paired measure: its own standard error must not hide a real change
-        (Score("p", 9.84, better="lower", stderr=0.2), Score("p", 9.95, better="lower", stderr=0.2), "worse"),
-        (Score("p", 9.84, better="lower", stderr=0.2), Score("p", 9.841, better="lower", stderr=0.2), "same"),
+        (
+            Score("perplexity", 9.84, better="lower", stderr=0.2),
+            Score("perplexity", 9.95, better="lower", stderr=0.2),
+            "worse",
+        ),
+        (
+            Score("perplexity", 9.84, better="lower", stderr=0.2),
+            Score("perplexity", 9.841, better="lower", stderr=0.2),
+            "same",
+        ),
         (Score("p", 9.84, better="lower"), Score("p", 9.5, better="lower"), "better"),
     ],
 )

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
     from ..job import Job, Plan
 
 GROUP = "Compress"
-Recipe = Annotated[str, typer.Argument(help="Recipe file, or a method name (see `angelslim ls`).", metavar="RECIPE")]
+Recipe = Annotated[
+    str, typer.Argument(help="Recipe file, or a method name (see `angelslim ls`).", metavar="RECIPE")
+]
 Rest = Annotated[
     list[str] | None,
-    typer.Argument(help="The model (folder, hub id or 'tiny-lm'), then overrides key=value.", metavar="[MODEL] [KEY=VALUE]..."),
+    typer.Argument(
+        help="The model (folder, hub id or 'tiny-lm'), then overrides key=value.",
+        metavar="[MODEL] [KEY=VALUE]...",
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice (default: the recipe's).")]
 
@@ -52,9 +57,13 @@ def register(app: typer.Typer) -> None:
 def run(
     recipe: Recipe,
     rest: Rest = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder (default: MODEL-METHOD in global.save_path).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder (default: MODEL-METHOD in global.save_path).")
+    ] = None,
     seed: Seed = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output folder.")
+    ] = False,
 ) -> None:
     """Compress a model and leave a complete model folder with a report.
 
@@ -91,7 +100,9 @@ def plan(
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the compressed models and the report.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder for the compressed models and the report.")] = Path(
+        "quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Seed of calibration and evaluation.")] = 0,
 ) -> None:
     """Compress the built-in model to FP8, INT8 and INT4, compare all with the original, write one report.
@@ -114,7 +125,10 @@ def _job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
     model = words.pop(0) if words and "=" not in words[0] else None
     stray = [word for word in words if "=" not in word]
     if stray:
-        raise ConfigError(f"{stray[0]!r} is neither the model nor an override.", fix="Overrides look like dataset.num_samples=64.")
+        raise ConfigError(
+            f"{stray[0]!r} is neither the model nor an override.",
+            fix="Overrides look like dataset.num_samples=64.",
+        )
     overrides = [*words, *([f"global.seed={seed}"] if seed is not None else [])]
     resolved = load(recipe, overrides)
     for warning in resolved.warnings:
@@ -135,7 +149,12 @@ def _print_plan(found: Plan) -> None:
         ("peak memory", f"about {found.peak_memory / 1e9:.2f} GB"),
         ("disk while running", f"{found.disk / 1e6:,.1f} MB"),
         ("time", f"about {found.seconds / 60:.1f} minutes without evaluation"),
-        ("calibration", f"{found.samples} samples of at most {found.max_length} tokens" if found.samples else "none needed"),
+        (
+            "calibration",
+            f"{found.samples} samples of at most {found.max_length} tokens"
+            if found.samples
+            else "none needed",
+        ),
     ]
     console.out.print(console.table("Plan", ["", ""], rows))
     layers = [(role, count) for role, count in sorted(found.layers.items())]

@@ -16,7 +16,9 @@ GROUP = "Lab"
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     lab = typer.Typer(no_args_is_help=True, help="Train the built-in models again, from nothing.")
-    lab.command("train", epilog="[bold]Example[/bold]\n\n  angelslim lab train tiny-lm --out my-tiny-lm")(train)
+    lab.command("train", epilog="[bold]Example[/bold]\n\n  angelslim lab train tiny-lm --out my-tiny-lm")(
+        train
+    )
     lab.callback()(_about)
     app.add_typer(lab, name="lab", rich_help_panel=GROUP)
 
@@ -27,9 +29,13 @@ def _about() -> None:
 
 def train(
     name: Annotated[str, typer.Argument(help="Which model: tiny-lm.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the trained model (default: its name).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the trained model (default: its name).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Stop after this time (default: until trained).")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this time (default: until trained).")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Train a built-in model on generated tasks and the Python library's own text.

@@ -18,10 +18,18 @@ GROUP = "Look"
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("inspect", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim inspect tiny-lm")(inspect)
-    app.command("validate", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim validate my-recipe.yaml")(validate)
+    app.command(
+        "inspect", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim inspect tiny-lm"
+    )(inspect)
+    app.command(
+        "validate",
+        rich_help_panel=GROUP,
+        epilog="[bold]Example[/bold]\n\n  angelslim validate my-recipe.yaml",
+    )(validate)
     app.command("ls", rich_help_panel=GROUP)(ls)
-    app.command("cp", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim cp fp8_static my-recipe.yaml")(cp)
+    app.command(
+        "cp", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim cp fp8_static my-recipe.yaml"
+    )(cp)
     app.command("env", rich_help_panel=GROUP)(env)
 
 
@@ -54,8 +62,15 @@ def validate(
     for report in reports:
         mark = "ok" if report.ok else "wrong"
         asks = "; ".join(report.asks_for)
-        console.out.print(f"{mark:6} {report.path}" + (f"  ({report.dialect}: {asks})" if asks else ""), soft_wrap=True, markup=False)
-        for line in (*(f"warning: {text}" for text in report.warnings), *(f"error: {text}" for text in report.errors)):
+        console.out.print(
+            f"{mark:6} {report.path}" + (f"  ({report.dialect}: {asks})" if asks else ""),
+            soft_wrap=True,
+            markup=False,
+        )
+        for line in (
+            *(f"warning: {text}" for text in report.warnings),
+            *(f"error: {text}" for text in report.errors),
+        ):
             console.out.print(f"       {line}", soft_wrap=True, markup=False)
     if not all(report.ok for report in reports):
         raise typer.Exit(EXIT_CODE)
@@ -108,7 +123,11 @@ def env(
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     if markdown:
-        lines = ["| what | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]
+        lines = [
+            "| what | value |",
+            "| --- | --- |",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+        ]
         typer.echo("\n".join(lines))
         return
     console.out.print(console.table("", ["what", "value"], list(facts.items())))

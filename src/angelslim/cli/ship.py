@@ -17,18 +17,35 @@ GROUP = "Measure and ship"
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    app.command("eval", rich_help_panel=GROUP, epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed")(evaluate)
-    app.command("export", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim export tiny-fp8-block --format compressed_tensors --out tiny-ct")(export)
-    app.command("serve", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim serve tiny-fp8 --dry-run")(serve)
+    app.command(
+        "eval",
+        rich_help_panel=GROUP,
+        epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed",
+    )(evaluate)
+    app.command(
+        "export",
+        rich_help_panel=GROUP,
+        epilog="[bold]Example[/bold]\n\n  angelslim export tiny-fp8-block --format compressed_tensors --out tiny-ct",
+    )(export)
+    app.command(
+        "serve", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim serve tiny-fp8 --dry-run"
+    )(serve)
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Folders (compressed or not), hub ids or built-in names.", metavar="MODEL...")],
-    text: Annotated[Path | None, typer.Option(help="Text file for perplexity (default: built-in text).")] = None,
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Folders (compressed or not), hub ids or built-in names.", metavar="MODEL..."),
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file for perplexity (default: built-in text).")
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Generated tasks, comma-separated: addition,recall.")] = "",
     samples: Annotated[int, typer.Option(min=1, help="Examples per task.")] = 100,
     speed: Annotated[bool, typer.Option("--speed", help="Measure generation speed too.")] = False,
-    lm_eval: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated (needs the extra `eval`).")] = "",
+    lm_eval: Annotated[
+        str, typer.Option(help="lm-eval tasks, comma-separated (needs the extra `eval`).")
+    ] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder of local lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task (default: all).")] = None,
     seed: Annotated[int, typer.Option(help="Seed that draws the examples.")] = 0,
@@ -46,12 +63,24 @@ def evaluate(
     for name in models:
         folder = resolve(name)
         model, tokenizer = load(folder), tokenizer_of(folder)
-        scores = run_suite(model, tokenizer, perplexity_text=text, tasks=_words(tasks), samples=samples, speed=speed, seed=seed)
+        scores = run_suite(
+            model,
+            tokenizer,
+            perplexity_text=text,
+            tasks=_words(tasks),
+            samples=samples,
+            speed=speed,
+            seed=seed,
+        )
         if lm_eval:
             scores += run_harness(model, tokenizer, _words(lm_eval), include_path=include_path, limit=limit)
         found[name] = scores + size_scores(folder, sum(p.numel() for p in model.parameters()))
     if as_json:
-        typer.echo(json.dumps({name: [asdict(score) for score in scores] for name, scores in found.items()}, indent=1))
+        typer.echo(
+            json.dumps(
+                {name: [asdict(score) for score in scores] for name, scores in found.items()}, indent=1
+            )
+        )
         return
     first = next(iter(found.values()))
     rows = [
@@ -68,7 +97,9 @@ def _words(text: str) -> list[str]:
 
 def export(
     folder: Annotated[Path, typer.Argument(help="A compressed model folder.")],
-    format_: Annotated[str | None, typer.Option("--format", help="Format to write (see `angelslim ls`).")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Format to write (see `angelslim ls`).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only decode every layer and report.")] = False,
 ) -> None:
@@ -86,9 +117,13 @@ def export(
 
 def serve(
     folder: Annotated[Path, typer.Argument(help="A model folder or a .gguf file.")],
-    engine: Annotated[str, typer.Option(help="vllm, sglang or llama.cpp (default: chosen from the folder).")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="vllm, sglang or llama.cpp (default: chosen from the folder).")
+    ] = "auto",
     port: Annotated[int, typer.Option(help="Port of the OpenAI-compatible server.")] = 8000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and do not start it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command and do not start it.")
+    ] = False,
 ) -> None:
     """Print and run the command that serves a model with vLLM, SGLang or llama.cpp."""
     from ..serve import launch, plan_launch

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..base.errors import DataError, MissingExtra, did_you_mean
 from ..data import builtin
+from ..models.checkpoint import write_atomically
 from .base import Score
 from .inference import device_of, stop_tokens
 
@@ -120,7 +121,7 @@ def write_builtin_task(folder: Path, samples: int = 200, seed: int = 0, thinking
     data = (folder / "addition.jsonl").resolve()
     items = builtin.examples("addition", "evaluation", samples, seed=seed, thinking=thinking)
     lines = [{"question": item.messages[-1]["content"], "answer": item.answer} for item in items]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    write_atomically(data, "".join(json.dumps(line) + "\n" for line in lines).encode())
     task = {
         "task": BUILTIN_TASK,
         "dataset_path": "json",
@@ -145,7 +146,7 @@ def write_builtin_task(folder: Path, samples: int = 200, seed: int = 0, thinking
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
-    (folder / "addition.yaml").write_text(yaml.safe_dump(task, sort_keys=False), "utf-8")
+    write_atomically(folder / "addition.yaml", yaml.safe_dump(task, sort_keys=False).encode())
     return BUILTIN_TASK
 
 

@@ -46,11 +46,13 @@ class CompressedTensors:
     scale_name = "weight_scale"
 
     def refuses(self, scheme: Scheme) -> str:
-        """FP8 must be symmetric; static activations must be per tensor."""
+        """FP8 must be symmetric, packed weights per group or channel, static activations per tensor."""
         if scheme.weight.format.name not in VARIANTS:
             return f"it has no variant for {scheme.weight.format.name}"
         if scheme.weight.format.kind == "float" and not scheme.weight.symmetric:
             return "float weights are symmetric"
+        if scheme.weight.format.name == "int4" and scheme.weight.granularity.kind not in ("group", "channel"):
+            return "packed weights are per group or per channel"
         if scheme.input and not scheme.input.dynamic and scheme.input.granularity != PER_TENSOR:
             return "static activation scales are per tensor"
         return ""
@@ -109,7 +111,9 @@ class CompressedTensors:
         from compressed_tensors.quantization import QuantizationConfig
 
         group = next(iter(QuantizationConfig.model_validate(dict(config)).config_groups.values()))
-        return Scheme(_quant(group.weights), _quant(group.input_activations) if group.input_activations else None)
+        return Scheme(
+            _quant(group.weights), _quant(group.input_activations) if group.input_activations else None
+        )
 
     def restore(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Restored | None:
         """Undo `tensors`."""

@@ -60,7 +60,9 @@ class Fp8Block:
         """Read the block size back."""
         size = config.get("weight_block_size")
         if not size:
-            raise ModelError("This fp8 checkpoint has no weight_block_size.", fix="Only block FP8 can be read here.")
+            raise ModelError(
+                "This fp8 checkpoint has no weight_block_size.", fix="Only block FP8 can be read here."
+            )
         fp8 = FORMATS["fp8_e4m3"]
         return Scheme(Quant(fp8, per_block(*size)), Quant(fp8, per_group(size[1]), dynamic=True))
 

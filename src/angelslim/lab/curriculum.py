@@ -17,26 +17,19 @@ import torch
 from torch import Tensor
 
 from ..data import builtin
-from .rows import Row, Rows
+from .rows import Rows
 
-WARM_UP = 0.10  # share of the run with much scaffolding
-LADDER = ((0.05, 2), (0.10, 4), (0.15, 6), (1.0, builtin.PAIRS))  # until this share of the run: pairs at most
+WARM_UP = 0.20  # share of the run with much scaffolding
+LADDER = ((0.15, 2), (0.17, 4), (0.19, 6), (1.0, builtin.PAIRS))  # until this share of the run: pairs at most
 CORRUPTION = 0.2  # share of a text row's tokens that are read wrongly, at most; half of the rows are clean
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Shares of the rows of a batch, by kind of data; text gets the rest."""
-
-    addition: float
-    recall: float
-    copy: float
-    lines: float
+KINDS = ("addition", "recall", "copy", "lines", "text")
 
 
-def shares_at(progress: float) -> Shares:
-    """Return the mixture at a point of the run, from 0 to 1."""
-    return Shares(0.15, 0.15, 0.15, 0.4) if progress < WARM_UP else Shares(0.3, 0.4, 0.03, 0.12)
+def shares_at(progress: float) -> tuple[float, ...]:
+    """Return the shares of the rows by kind at a point of the run, from 0 to 1; text gets the rest."""
+    return (0.12, 0.12, 0.06, 0.6) if progress < WARM_UP else (0.25, 0.45, 0.02, 0.08)
 
 
 def pairs_at(progress: float) -> int:
@@ -67,35 +60,46 @@ class Curriculum:
     def __call__(self, index: int) -> dict[str, Tensor]:
         """Return ``inputs`` and ``targets`` (int64) and ``weights`` (float32), each [rows, length].
 
-        Targets stand at their own positions: the loss shifts them.
+        Targets stand at their own positions: the loss shifts them. ``kinds`` [rows] indexes `KINDS`.
         """
         rng = random.Random(f"tiny-lm/{self.seed}/{index}")  # noqa: S311  not for secrets
         long = index % self.long_every == self.long_every - 1
         rows, length = (self.rows // 4, self.length * 4) if long else (self.rows, self.length)
         progress = index / self.batches
-        shares, most = shares_at(progress), pairs_at(progress)
-        made: list[Row] = []
-        made += [self._make.chats(rng, length, None) for _ in range(round(shares.addition * rows))]
-        made += [self._make.chats(rng, length, most) for _ in range(round(shares.recall * rows))]
-        made += [self._make.copy(rng, length) for _ in range(round(shares.copy * rows))]
-        made += [self._make.lines(rng, length, most) for _ in range(round(shares.lines * rows))]
-        inputs = [tokens for tokens, _ in made]
-        for _ in range(rows - len(made)):
-            made.append(self._make.text(rng, length))
+        most = pairs_at(progress)
+        counts = [round(share * rows) for share in shares_at(progress)]
+        kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
+        kinds += [KINDS.index("text")] * (rows - len(kinds))
+        made = [self._row(KINDS[kind], rng, length, most) for kind in kinds]
+        inputs, targets, weights = (np.stack(side) for side in zip(*made, strict=True))
+        arrays = {"inputs": inputs, "targets": targets, "weights": weights, "kinds": np.array(kinds)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _row(self, kind: str, rng: random.Random, length: int, most: int) -> tuple[Any, Any, Any]:
+        if kind == "text":
+            tokens, weights = self._make.text(rng, length)
             noise = CORRUPTION * max(2 * rng.random() - 1, 0)
-            inputs.append(self._make.corrupted(rng, made[-1][0], noise))
-        return {
-            "inputs": torch.from_numpy(np.stack(inputs)),
-            "targets": torch.from_numpy(np.stack([tokens for tokens, _ in made])),
-            "weights": torch.from_numpy(np.stack([weights for _, weights in made])),
-        }
+            return self._make.corrupted(rng, tokens, noise), tokens, weights
+        if kind == "copy":
+            tokens, weights = self._make.copy(rng, length)
+        elif kind == "lines":
+            tokens, weights = self._make.lines(rng, length, most)
+        else:
+            tokens, weights = self._make.chats(rng, length, most if kind == "recall" else None)
+        return tokens, tokens, weights
 
 
 def weighted_loss(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weighted mean cross-entropy of the next token, in nats."""
-    weights = batch["weights"][:, 1:].flatten()
+    """Return the weighted mean cross-entropy of the next token, in nats, over all and for each kind of row."""
+    weights = batch["weights"][:, 1:]
     logits = model(input_ids=batch["inputs"], use_cache=False).logits[:, :-1]
     each = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), batch["targets"][:, 1:].flatten(), reduction="none"
     )
-    return {"loss": (each * weights).sum() / weights.sum()}
+    lost = (each.view_as(weights) * weights).sum(1)
+    weights = weights.sum(1)
+    losses = {"loss": lost.sum() / weights.sum()}
+    for index, kind in enumerate(KINDS):
+        rows = (batch["kinds"] == index).float()
+        losses[kind] = (lost * rows).sum().detach() / (weights * rows).sum().clamp(min=1)
+    return losses

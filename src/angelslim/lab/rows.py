@@ -6,12 +6,13 @@ A row holds one kind of data, packed to a fixed length:
 - *addition*: conversations of one addition each, with and without thinking;
 - *recall*: a list of key-value pairs and one question, or questions for several of them in turn;
 - *copy*: random tokens, repeated;
-- *lines*: the lines of a recall list, repeated in other orders, half of them with random tokens for keys.
+- *lines*: the lines of a recall list, repeated in other orders.
 
 The last two are scaffolding. Recall needs "induction heads" (arXiv 2209.11895): find the place where the same
 words stood before, copy what followed. Met only as a question at the end of a list, it stays for thousands of
 steps on the plateau of guessing any of the values. Repeating random tokens teaches to match one token within a
-few hundred steps, but not to match a key of several tokens; lines teach that, with a signal at every line.
+few hundred steps, but not to match a key that stands a token away from its value; lines teach that within a
+thousand steps, with a signal at every line, provided that they come first, in quantity, and with two pairs.
 
 Loss weights: 1 on text and on the assistant's words, `PROMPT` on words that are only read, 0 on the empty
 thought that the chat template writes by itself.
@@ -63,7 +64,7 @@ def recall_parts(rng: random.Random, most: int) -> list[Part]:
         return conversation([(example.messages[0]["content"], example.completion)])
     table = builtin.recall_pairs(rng, "train", pairs)
     turns = []
-    for key in rng.sample(list(table), rng.randint(1, pairs)):
+    for key in rng.choices(list(table), k=rng.randint(1, pairs)):
         question = rng.choice(builtin.RECALL_QUESTIONS).format(key=key)
         turns.append((question, builtin.recall_reply(key, table[key], thinking=False)))
     turns[0] = (f"{builtin.recall_list(table)}\n{turns[0][0]}", turns[0][1])
@@ -104,23 +105,21 @@ class Rows:
         return np.resize(pattern, length), (np.arange(length) >= period).astype(np.float32)
 
     def lines(self, rng: random.Random, length: int, most: int) -> Row:
-        """Repeat 2 to `most` recall lines, shuffled anew each time; the values count from the second time."""
+        """List 2 to `most` recall lines, then repeat any of them; only repeated values count fully.
+
+        Lines are drawn with replacement: in a permutation, "not the value just used" would be a shortcut.
+        """
         table = builtin.recall_pairs(rng, "train", rng.randint(2, most))
         encoded = self.encode(
             [piece for key, value in table.items() for piece in (f"- {key}", f"={value}\n")]
         )
         lines = list(zip(encoded[::2], encoded[1::2], strict=True))
-        if rng.random() < 0.5:
-            words = rng.randint(1, 3)
-            lines = [([head[0], *rng.choices(range(self.size), k=words)], value) for head, value in lines]
-        ids: list[int] = []
-        weights: list[float] = []
+        ids = [token for head, value in lines for token in head + value]
+        weights = [PROMPT] * len(ids)
         while len(ids) < length:
-            worth = 1.0 if ids else PROMPT
-            rng.shuffle(lines)
-            for head, value in lines:
-                ids += head + value
-                weights += [PROMPT] * (len(head) + 1) + [worth] * (len(value) - 1)
+            head, (equals, *digits, end) = rng.choice(lines)
+            ids += [*head, equals, *digits, end]
+            weights += [*[PROMPT] * (len(head) + 1), *[1.0] * len(digits), PROMPT]
         return np.array(ids[:length], np.int64), np.array(weights[:length], np.float32)
 
     def text(self, rng: random.Random, length: int) -> Row:

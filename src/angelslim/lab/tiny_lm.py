@@ -52,7 +52,7 @@ class Plan:
 def default_plan(device: str, seed: int) -> Plan:
     """Return the run for a kind of device: about eight minutes on a large GPU, an hour on two CPU cores."""
     if device == "cuda":
-        return Plan(seed, steps=8_000, rows=128, length=512, lr=2e-3, bf16=True, compile=True)
+        return Plan(seed, steps=9_000, rows=128, length=512, lr=2e-3, bf16=True, compile=True)
     return Plan(seed, steps=2_400, rows=16, length=256, lr=1.5e-3, bf16=False, compile=False)
 
 
@@ -154,8 +154,8 @@ def _tokenizer(folder: Path, documents: list[str]) -> Any:
 def _corpus(path: Path, tokenizer: Any, documents: list[str]) -> torch.Tensor:
     if not path.is_file():
         temporary = path.with_name(path.name + ".partial")
-        tokens = torch.from_numpy(encode_corpus(tokenizer.backend_tokenizer, documents))
-        save_file({"tokens": tokens}, temporary)
+        encoded = torch.from_numpy(encode_corpus(tokenizer.backend_tokenizer, documents))
+        save_file({"tokens": encoded}, temporary)
         temporary.replace(path)
     tokens: torch.Tensor = load_file(path)["tokens"]
     return tokens
@@ -240,7 +240,11 @@ def _training_facts(
         "minutes": round(sum(record.seconds for record in records) / 60, 2),
         "device": name,
         "final_loss": round(sum(record.loss for record in last) / len(last), 4),
-        "loss_curve": [[record.step, round(record.loss, 4)] for record in records[::every]],
+        "loss_curve": [
+            {"step": record.step, "loss": round(record.loss, 4)}
+            | {name: round(value, 4) for name, value in record.metrics.items()}
+            for record in records[::every]
+        ],
         "versions": {"python": platform.python_version(), **_versions()},
     }
 

@@ -48,7 +48,7 @@ class ActivationStore:
     def commit(self, generation: int) -> None:
         """Put a whole generation on disk."""
         for (number, sample), hidden in self._memory.items():
-            if number == generation and not self._file(number, sample).exists():
+            if number == generation:
                 self._write(number, sample, hidden)
 
     def forget(self, generation: int) -> None:

@@ -60,10 +60,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         if length > size - 8:
             raise ModelError(f"{file} is truncated or not a safetensors file.", fix="Copy it again.")
         try:
-            header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            header = _checked_header(json.loads(stream.read(length)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{file} has a damaged header ({error}).", fix="Copy it again.") from error
-    header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end > size:
         raise ModelError(
@@ -71,6 +70,19 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             fix="Copy or download this shard again.",
         )
     return header, 8 + length
+
+
+def _checked_header(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors' entries, or raise what parsing something else raises."""
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        low, high = entry["data_offsets"]
+        sizes = [*entry["shape"], low, high - low]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes) or not isinstance(
+            entry["dtype"], str
+        ):
+            raise ValueError(f"the entry of {name!r} makes no sense")
+    return header
 
 
 class Checkpoint:
@@ -105,7 +117,9 @@ class Checkpoint:
                 f"{self.folder} holds weights as pickle ({unsafe[0].name}), which can run code when opened.",
                 fix="Convert them to safetensors first (save_pretrained in a sandbox does it).",
             )
-        raise ModelError(f"{self.folder} holds no *.safetensors file.", fix="Point to a complete model folder.")
+        raise ModelError(
+            f"{self.folder} holds no *.safetensors file.", fix="Point to a complete model folder."
+        )
 
     def _check_index(self) -> None:
         index = self.folder / INDEX
@@ -132,7 +146,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
     with info.file.open("rb", buffering=0) as stream:
         stream.seek(info.offset)
-        view, filled = memoryview(raw.numpy()), 0
+        view, filled = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
         while filled < info.nbytes:
             count = stream.readinto(view[filled:])  # type: ignore[attr-defined]
             if not count:
@@ -144,21 +158,29 @@ def read_tensor(info: TensorInfo) -> Tensor:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        shards = [str(shard) for shard in weight_map.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is damaged ({error!r}).", fix="Copy it again.") from error
-    for shard in weight_map.values():
-        if Path(shard).name != shard:
-            raise ModelError(f"{index} names a shard outside its folder: {shard!r}.", fix="Do not trust this folder.")
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} names a shard that is no safetensors file of its folder: {shard!r}.",
+                fix="Do not trust this folder.",
+            )
     return weight_map
 
 
 def _tensor_info(name: str, entry: dict[str, Any], file: Path, start: int) -> TensorInfo:
     dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
-        raise ModelError(f"{file}: tensor {name!r} has the unknown dtype {entry['dtype']}.", fix="Convert it to bfloat16.")
+        raise ModelError(
+            f"{file}: tensor {name!r} has the unknown dtype {entry['dtype']}.", fix="Convert it to bfloat16."
+        )
     low, high = entry["data_offsets"]
     if prod(entry["shape"]) * dtype.itemsize != high - low:
-        raise ModelError(f"{file}: tensor {name!r} has a shape that does not match its bytes.", fix="Copy it again.")
+        raise ModelError(
+            f"{file}: tensor {name!r} has a shape that does not match its bytes.", fix="Copy it again."
+        )
     return TensorInfo(name, dtype, tuple(entry["shape"]), file, start + low, high - low)
 
 

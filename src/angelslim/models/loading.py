@@ -141,10 +141,14 @@ def resolve(reference: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise ModelError(f"{folder} has no config.json.", fix="Point to a complete Hugging Face model folder.")
+            raise ModelError(
+                f"{folder} has no config.json.", fix="Point to a complete Hugging Face model folder."
+            )
         return folder
     if folder.is_file():
-        raise ModelError(f"{folder} is a file.", fix="Give the folder that holds config.json and the weights.")
+        raise ModelError(
+            f"{folder} is a file.", fix="Give the folder that holds config.json and the weights."
+        )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
     raise ModelError(
@@ -167,20 +171,21 @@ def _from_hub(name: str) -> Path:
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Read config.json through transformers; an unknown architecture is a `ModelError`."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             fix = "It brings its own code. If you trust it, set model.trust_remote_code=true."
         else:
             model_type = _declared_type(folder)
             fix = did_you_mean(model_type, CONFIG_MAPPING_NAMES) if len(model_type) > 3 else ""
             fix = fix if fix.startswith("Did") else "Update transformers, or check config.json."
-            text = f"model_type {model_type!r}" if model_type not in CONFIG_MAPPING_NAMES else text.split("\n")[0]
+            text = f"model_type {model_type!r}" if model_type not in CONFIG_MAPPING_NAMES else text
         raise ModelError(f"{folder / 'config.json'} cannot be used: {text[:200]}.", fix=fix) from error
 
 
@@ -221,8 +226,15 @@ def meta_model(config: Any, *, buffers: bool = True) -> Any:
     from accelerate import init_empty_weights
 
     config = deepcopy(config)
-    with init_empty_weights(include_buffers=not buffers):
-        return model_class(config)._from_config(config, dtype=torch_dtype(config)).eval()
+    build = model_class(config)
+    try:
+        with init_empty_weights(include_buffers=not buffers):
+            return build._from_config(config, dtype=torch_dtype(config)).eval()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"No {build.__name__} can be built from config.json ({type(error).__name__}: {error}).",
+            fix="Use the config.json that belongs to these weights.",
+        ) from error
 
 
 def probe_model(config: Any) -> Any:
@@ -268,7 +280,9 @@ def _map_tensors(source: Source) -> None:
     source.rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     parameters = model.state_dict()
     for tensor in source.checkpoint.tensors:
-        renamed, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, parameters)
+        renamed, pattern = rename_source_key(
+            tensor, renamings, converters, model.base_model_prefix, parameters
+        )
         if renamed not in parameters and tensor in parameters:
             renamed, pattern = tensor, None
         if renamed in parameters:

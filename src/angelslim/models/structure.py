@@ -172,7 +172,10 @@ def find_towers(model: nn.Module, decoder: str, head: str | None) -> dict[str, s
 
 def _modality(*names: str) -> str:
     text = " ".join(names).lower()
-    for kind, words in {"audio": ("audio", "speech", "whisper"), "vision": ("vis", "image", "clip", "siglip")}.items():
+    for kind, words in {
+        "audio": ("audio", "speech", "whisper"),
+        "vision": ("vis", "image", "clip", "siglip"),
+    }.items():
         if any(word in text for word in words):
             return kind
     return "encoder"
@@ -194,7 +197,9 @@ def probe(model: nn.Module, blocks: tuple[str, ...]) -> tuple[dict[str, tuple[Gr
             name = f"{block}.{local}" if local else block
             handles.append(module.register_forward_hook(_note_output(name, makers, alive)))
             if any(True for _ in module.parameters(recurse=False)) and _has_matrix(module):
-                handles.append(module.register_forward_pre_hook(_note_input(name, readers, alive), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(_note_input(name, readers, alive), with_kwargs=True)
+                )
     try:
         with torch.no_grad(), torch.device("meta"):
             ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
@@ -228,7 +233,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _key(tensor: Tensor) -> Key:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), math.prod(tensor.shape)
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), math.prod(tensor.shape)
 
 
 def _note_input(name: str, readers: dict[Key, list[str]], alive: list[Tensor]) -> Any:

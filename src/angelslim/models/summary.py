@@ -26,7 +26,8 @@ def summarize(source: Source) -> dict[str, Any]:
         "blocks": f"{len(structure.blocks)} ({structure.blocks[0]} ... {structure.blocks[-1]})",
         "head": structure.head or "none",
         "tied embeddings": str(bool(getattr(source.config, "tie_word_embeddings", False))),
-        "not in the model": str(sum(name not in source.targets for name in tensors)) + " tensors, carried over",
+        "not in the model": str(sum(name not in source.targets for name in tensors))
+        + " tensors, carried over",
         "groups": _groups(source),
         "experts": [
             {"module": item.path, "experts": item.count, "weights": ", ".join(item.weights)}

@@ -11,6 +11,7 @@ Samples run one by one at their own length, so no padding exists and none can en
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
-from ..numerics.error import Histogram, LayerRecord, relative_error, sqnr_db
+from ..numerics.error import Histogram, LayerRecord, error_of
 from ..numerics.quantize import Quantized
 from .activations import ActivationStore
 from .loading import Source
@@ -51,6 +52,7 @@ class Block:
     index: int | None
     layers: tuple[Layer, ...]
     groups: dict[str, Group]  # linear's module path -> its group
+    device: torch.device = torch.device("cpu")
     samples: int = 0
     stream: BlockStream | None = None
     results: list[QuantizedLayer] = field(default_factory=list)
@@ -61,8 +63,8 @@ class Block:
         if layer.module is not None and self.samples:
             weight: Tensor = self.source.model.get_submodule(layer.module).weight
         else:
-            weight = self.source.checkpoint.read(layer.tensor)
-        if not weight.isfinite().all():
+            weight = self.source.checkpoint.read(layer.tensor).to(self.device)
+        if not all(math.isfinite(value) for value in torch.stack(torch.aminmax(weight)).tolist()):
             raise ModelError(
                 f"The weight {layer.tensor!r} holds NaN or infinity.",
                 fix="The source model is damaged; restore this tensor or add the layer to ignore_layers.",
@@ -88,14 +90,15 @@ class Block:
     ) -> None:
         """Hand in a layer's result, with the weight it replaces for the record."""
         restored = weight.dequantize()
+        sqnr_db, relative_error = error_of(original, restored)
         record = LayerRecord(
             name=layer.name,
             block=layer.block,
             scheme=str(layer.scheme),
             shape=layer.shape,
             bits_per_weight=weight.bits_per_weight,
-            sqnr_db=sqnr_db(original, restored),
-            relative_error=relative_error(original, restored),
+            sqnr_db=sqnr_db,
+            relative_error=relative_error,
             weights=Histogram.of(original, restored),
             activations=activations,
             input_scale=None if input_scale is None else float(input_scale),
@@ -210,7 +213,7 @@ class BlockStream:
         """Share equal tensors between samples and blocks: rotary tables are stored once a length."""
         if isinstance(value, Tensor):
             if id(value) not in seen:
-                raw = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+                raw = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
                 digest = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
                 shared = self._interned.setdefault(f"{value.shape}{value.dtype}{digest}", value)
                 seen[id(value)] = (value, shared)  # holding the value keeps its id from being used again
@@ -222,7 +225,7 @@ class BlockStream:
         return value
 
 
-class _Recorded(Exception):  # noqa: N818 - not an error: the last block's call ends the skeleton pass
+class _Recorded(Exception):
     """Raised when the last block has been recorded."""
 
 

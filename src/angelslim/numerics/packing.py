@@ -22,7 +22,7 @@ def pack_int4(codes: Tensor, dim: int = 1) -> Tensor:
         return pack_int4(codes.T.contiguous()).T.contiguous()
     nibbles = codes.to(torch.int32) + OFFSET
     nibbles = F.pad(nibbles, (0, -codes.shape[1] % PER_WORD)).view(codes.shape[0], -1, PER_WORD)
-    words = torch.zeros(nibbles.shape[:2], dtype=torch.int32)
+    words = torch.zeros(nibbles.shape[:2], dtype=torch.int32, device=codes.device)
     for position in range(PER_WORD):
         words |= nibbles[..., position] << (4 * position)
     return words

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from ..models.checkpoint import write_atomically
 from . import words
-from .files import write_text
 from .layers import worst
 from .record import RunRecord
 from .rows import quality_metrics, rows
@@ -64,7 +64,9 @@ ENGINES: dict[str, tuple[tuple[Usage, ...], str]] = {
 
 def write_card(record: RunRecord, path: Path, *, license: str | None = None) -> Path:
     """Write the card to `path` (a file, or the folder that gets a ``README.md``)."""
-    return write_text(path / "README.md" if path.is_dir() else path, render_card(record, license=license))
+    path = path / "README.md" if path.is_dir() else path
+    write_atomically(path, render_card(record, license=license).encode())
+    return path
 
 
 def render_card(record: RunRecord, *, license: str | None = None) -> str:
@@ -111,7 +113,7 @@ def fence(text: str, language: str = "") -> str:
 
 def _done(record: RunRecord) -> str:
     original, result = rows([record])
-    left = f", {len(record.skipped)} were left as they were" if record.skipped else ""
+    left = f"; not quantized: {len(record.skipped)}" if record.skipped else ""
     return (
         f"{_plain(record.model)} ({_plain(record.model_type)}, {words.parameters(record.parameters)} parameters) "
         f"compressed with `{_code(record.method)}`: {_plain(record.scheme)}. {len(record.layers)} linear layers "
@@ -134,7 +136,7 @@ def _figures_note(record: RunRecord) -> str:
     text = f"Measured: {', '.join(counts)}. " if counts else ""
     return (
         f"{text}After ± stands one standard error."
-        if any(s.stderr is not None for s in measured.values())
+        if any(words.spread(s) is not None for s in measured.values())
         else text.strip()
     )
 

@@ -14,7 +14,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..base.errors import DataError
-from .files import write_text
+from ..models.checkpoint import write_atomically
 from .page import context
 from .record import RunRecord
 
@@ -41,4 +41,7 @@ def render_html(records: Sequence[RunRecord]) -> str:
 
 def write_html(records: Sequence[RunRecord], path: Path) -> Path:
     """Write the page to `path`; equal records give equal bytes."""
-    return write_text(path, render_html(records))
+    page = render_html(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page.encode())
+    return path

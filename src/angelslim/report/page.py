@@ -39,7 +39,7 @@ def context(records: Sequence[RunRecord]) -> dict[str, Any]:
         "headings": headings,
         "lines": lines,
         "charts": charts,
-        "charts_note": "Lines at the ends of the bars span one standard error to each side. For perplexity it is about the choice of text: all models read the same one."
+        "charts_note": "Lines at the ends of the bars span one standard error to each side."
         if whiskers
         else "",
         "overview": plots.runs_grid(dict(zip(names, records, strict=True))) if not single else "",
@@ -104,7 +104,7 @@ def _charts(table: Sequence[Row]) -> tuple[list[dict[str, str]], bool]:
     for metric, score in list(quality.items())[:2]:
         title = f"{words.metric_name(metric)} against size"
         charts.append({"title": title, "svg": plots.quality_against_size(table, metric, score)})
-    whiskers = any(score.stderr for row in table for score in row.scores.values())
+    whiskers = any(words.spread(score) for row in table for score in row.scores.values())
     return [chart for chart in charts if chart["svg"]], whiskers
 
 

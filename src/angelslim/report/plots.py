@@ -174,7 +174,7 @@ def score_bars(table: Sequence[Row], metric: str, kind: Score) -> str:
         [math.nan if score is None else score.value for score in found],
         [words.figure(score) for score in found],
         f"{words.metric_name(metric)} of each model",
-        errors=[0.0 if score is None else score.stderr or 0.0 for score in found],
+        errors=[0.0 if score is None else words.spread(score) or 0.0 for score in found],
         limit=100.0 if kind.unit == "%" else None,
     )
 
@@ -197,13 +197,10 @@ def quality_against_size(table: Sequence[Row], metric: str, kind: Score) -> str:
         place(axes, 52, 110, 8, 44)
         for row, score in points:
             x, color = row.stored / words.MEGABYTE, BEFORE if row.baseline else AFTER
-            if score.stderr:
-                axes.plot(
-                    [x, x],
-                    [score.value - score.stderr, score.value + score.stderr],
-                    color=color,
-                    linewidth=1.2,
-                )
+            error = words.spread(score) or 0.0
+            if error:
+                ends = [score.value - error, score.value + error]
+                axes.plot([x, x], ends, color=color, linewidth=1.2)
             axes.plot(
                 x, score.value, "o", markersize=9, color=color, markeredgecolor=SURFACE, markeredgewidth=1.5
             )

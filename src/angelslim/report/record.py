@@ -42,6 +42,7 @@ class RunRecord:
     command: str = ""
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""  # equal fingerprints: same model, recipe and versions, hence the same weights
     hashes: dict[str, str] = field(default_factory=dict)  # output file -> sha256
     warnings: list[str] = field(default_factory=list)
 

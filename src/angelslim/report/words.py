@@ -42,9 +42,19 @@ def figure(score: Score | None, *, unit: bool = False) -> str:
     if score is None:
         return NOT_EVALUATED
     text = number(score.value, score.unit)
-    if score.stderr is not None:
-        text += f" ±{score.stderr:.2g}"
+    error = spread(score)
+    if error is not None:
+        text += f" ±{error:.2g}"
     return f"{text} {score.unit}" if unit and score.unit else text
+
+
+def spread(score: Score) -> float | None:
+    """Return the standard error that a reader may compare two models with, if there is one.
+
+    That of perplexity is left out: it tells how much the texts differ from each other, which is a lot, while
+    all models read the same text and their difference is known far better.
+    """
+    return None if score.metric == "perplexity" else score.stderr
 
 
 def arrow(score: Score) -> str:
@@ -109,13 +119,10 @@ def change(before: Score, after: Score) -> str:
 def verdict(before: Score, after: Score) -> str:
     """Judge a change: ``better``, ``worse``, or ``same`` when it is within the noise.
 
-    For shares of examples the noise is ``hypot(stderr before, stderr after)``. Perplexity is measured on the
-    same tokens both times, so its standard error (which is about the choice of text) says little about the
-    difference: there, as for everything else, a tenth of a percent counts as ``same``.
+    The noise is ``hypot`` of the two standard errors (see `spread`), or a tenth of a percent without them.
     """
-    noise = 1e-3 * abs(before.value)
-    if after.unit == "%":
-        noise = math.hypot(before.stderr or 0.0, after.stderr or 0.0)
+    errors = [error for error in (spread(before), spread(after)) if error is not None]
+    noise = math.hypot(*errors) if errors else 1e-3 * abs(before.value)
     gain = after.value - before.value if before.better == "higher" else before.value - after.value
     if abs(gain) <= noise:
         return "same"

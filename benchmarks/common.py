@@ -1,0 +1,45 @@
+"""What every benchmark shares: the environment it ran in, and one results file with its bars."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the reader of a figure."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **{name: version(name) for name in ("angelslim", "torch", "transformers", "compressed-tensors")},
+    }
+
+
+def bar(name: str, value: float, goal: float, *, at_most: bool) -> dict[str, Any]:
+    """One figure that has to hold: `value` at most, or at least, `goal`."""
+    return {"name": name, "value": value, "goal": goal, "holds": value <= goal if at_most else value >= goal}
+
+
+def write(name: str, raw: Any, bars: list[dict[str, Any]]) -> Path:
+    """Write ``results/NAME.json`` and print the bars."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "bars": bars, "raw": raw}, indent=1) + "\n")
+    for item in bars:
+        print(
+            f"{'ok  ' if item['holds'] else 'FAIL'} {item['name']}: {item['value']:.4g} (goal {item['goal']:.4g})"
+        )
+    return path

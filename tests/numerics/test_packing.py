@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from angelslim.numerics.packing import pack_int4, unpack_int4
+
+
+def codes(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * 100 + columns)
+    return torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+
+
+def test_first_code_lies_in_the_lowest_bits_with_an_offset_of_eight():
+    assert pack_int4(torch.tensor([[-7, -8, -8, -8, -8, -8, -8, -8]], dtype=torch.int8)).tolist() == [[1]]
+    assert pack_int4(torch.full((1, 8), 7, dtype=torch.int8)).tolist() == [[-1]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 19), st.integers(1, 19), st.sampled_from([0, 1]))
+def test_equals_compressed_tensors_for_any_length(rows, columns, dim):
+    values = codes(rows, columns)
+    packed = pack_int4(values, dim)
+    assert packed.dtype == torch.int32
+    assert torch.equal(packed, pack_to_int32(values, 4, packed_dim=dim))
+    assert torch.equal(unpack_from_int32(packed, 4, values.shape, packed_dim=dim), values)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 31])
+def test_round_trip(length, dim):
+    values = codes(length, 5) if dim == 0 else codes(5, length)
+    assert torch.equal(unpack_int4(pack_int4(values, dim), length, dim), values)

@@ -266,9 +266,9 @@ def test_entries_have_page_and_test(kind: str) -> None:
 
 
 def project_files() -> list[Path]:
-    """Every file of the project that git tracks or would track; without git, every file that is no build output."""
+    """Every tracked file; without git, every file that is no build output."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -105,3 +105,27 @@ def call(
         code = stop.code if isinstance(stop.code, int) else 1
     echoed = capsys.readouterr()
     return Outcome(code, out.getvalue() + echoed.out, err.getvalue() + echoed.err)
+
+
+CALIBRATED = (
+    "fp8_static",
+    "evaluation.enabled=false",
+    "dataset.num_samples=6",
+    "dataset.max_seq_length=32",
+)
+
+
+def job_for(model: Path, recipe: Any, *overrides: str) -> Any:
+    """A prepared job without evaluation."""
+    from angelslim.config.recipe import load
+    from angelslim.job import prepare
+
+    return prepare(load(recipe, ["evaluation.enabled=false", *overrides]), model)
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """SHA-256 of everything that engines load."""
+    import hashlib
+
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}

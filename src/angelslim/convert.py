@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .base.console import bar
-from .base.errors import ModelError, SchemeError, UserError
-from .export.base import FORMATS
+from .base.errors import ModelError, UserError
+from .export.base import choose
 from .job import KEPT_FILES
 from .models.checkpoint import UnitWriter, read_tensor, write_atomically
 from .models.loading import load_config
@@ -31,13 +31,10 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} already exists.", fix="Choose another --out.")
     checkpoint, config = open_compressed(folder)
-    exporter = FORMATS.get(wanted.replace("-", "_"))
-    reason = exporter.refuses(checkpoint.scheme)
-    if reason:
-        raise SchemeError(
-            f"Format {wanted!r} cannot hold {checkpoint.scheme}: {reason}.",
-            fix="`angelslim ls` lists formats.",
-        )
+    _, exporter = choose(set(checkpoint.schemes.values()), wanted)
+    settings = config["quantization_config"]
+    kept = settings.get("ignore") or settings.get("modules_to_not_convert") or []
+    config["quantization_config"] = exporter.config(checkpoint.schemes, kept)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     result = partial / "result"
@@ -66,9 +63,6 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
         for file in folder.glob(pattern):
             if file.name != "model.safetensors.index.json":
                 shutil.copyfile(file, result / file.name)
-    settings = config["quantization_config"]
-    kept = settings.get("ignore") or settings.get("modules_to_not_convert") or []
-    config["quantization_config"] = exporter.config(dict.fromkeys(names, checkpoint.scheme), kept)
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     writer.finish(units, result, MAX_SHARD)
     result.rename(out)

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__
-from .base.console import chose
+from .base.console import chose, log
 from .base.errors import ConfigError, ResourceError, SchemeError
 from .config.recipe import Resolved
 from .config.schema import Config
@@ -27,7 +28,7 @@ from .config.upstream import Stage, stages
 from .export.base import Exporter, choose
 from .methods.base import PTQ, Blockwise
 from .models.loading import Source, open_model
-from .models.select import Layer, Selection, select
+from .models.select import Choice, Layer, Selection, select
 from .numerics.error import error_of
 from .numerics.quantize import quantize, tile_of
 from .numerics.scheme import Scheme
@@ -35,6 +36,7 @@ from .numerics.scheme import Scheme
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
+READ_HERE = frozenset({"quant_vit", "save_name"})  # switches that choose layers and formats, not algorithms
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 
@@ -77,8 +79,12 @@ class Job:
 
     def fingerprint(self) -> str:
         """Identify the output: equal fingerprints give equal weights."""
-        settings = self.config.model_dump(mode="json", exclude={"global_": {"save_path"}, "evaluation": True})
+        left_out: Any = {"global_": {"save_path", "activation_budget"}, "evaluation": True}
+        settings = self.config.model_dump(mode="json", exclude=left_out)
         files = {info.file for info in self.source.checkpoint.tensors.values()}
+        files |= set(self.source.folder.glob("*.json"))
+        data = Path(self.config.dataset.data_path or "").expanduser()
+        files |= {data} if self.calibrates and data.is_file() else set()
         sizes = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         parts = [
             settings,
@@ -105,25 +111,28 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     assert stage.scheme is not None
     method = PTQ.get(stage.method)(stage.options)
+    _report_unused(resolved, stage, method)
     quantization = config.compression[0].quantization
     assert quantization is not None
-    format_name, exporter = choose(stage.scheme, quantization.format)
     source = open_model(reference, trust_remote_code=config.model.trust_remote_code)
     _check_dtype(config, source)
-    selection = select(
-        source,
-        stage.scheme,
+    choice = Choice(
         ignore=stage.ignore,
         head=quantization.quantize_lm_head,
-        towers=("vision", "projector", "audio") if quantization.quant_vit else (),
+        embeddings=quantization.quantize_embeddings,
+        towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
     )
+    selection = select(source, stage.scheme, choice)
     if not selection.layers:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
-    if method.needs_data(stage.scheme) and selection.in_block(None):
+    static = [layer.name for layer in selection.in_block(None) if layer.scheme.needs_data]
+    if static:
         raise SchemeError(
-            f"{selection.in_block(None)[0].name!r} lies outside the blocks and cannot get a static activation scale.",
+            f"{static[0]!r} lies outside the blocks and cannot get a static activation scale.",
             fix="Leave the head in full precision, or use a dynamic scheme.",
         )
+    schemes = {layer.scheme for layer in selection.layers}
+    format_name, exporter = choose(schemes, quantization.format)
     device = _device(config.global_.device)
     units = _units(source)
     return Job(
@@ -146,6 +155,15 @@ def _only_stage(found: Sequence[Stage]) -> Stage:
         )
         raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
     return found[0]
+
+
+def _report_unused(resolved: Resolved, stage: Stage, method: Blockwise) -> None:
+    """Warn of switches without effect: a result that silently differs from its recipe would be a lie."""
+    for key, value in stage.options.items():
+        text = f"quantization.{key} has no effect on {stage.method} here."
+        if value and key not in method.reads | READ_HERE and text not in resolved.warnings:
+            log.warning("%s", text)
+            resolved.warnings.append(text)
 
 
 def _check_dtype(config: Config, source: Source) -> None:

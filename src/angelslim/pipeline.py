@@ -14,13 +14,15 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .base.console import bar, chose, log
 from .base.errors import DataError, ModelError, ResourceError, UserError
@@ -101,45 +103,60 @@ def run(
     """
     started = time.perf_counter()
     fingerprint = job.fingerprint()
-    finished = _finished(out, fingerprint, overwrite)
+    finished = _finished(job, out, fingerprint, overwrite)
     if finished is not None:
         return finished
     workplace = Workplace(out.with_name(out.name + ".partial"))
-    try:
+    with _writing_to(workplace.root):
         if not workplace.root.exists():
             check_disk(job, out)
-        if workplace.open(fingerprint):
+        resumed = workplace.open(fingerprint)
+        if resumed:
             log.info("Continuing the unfinished run in %s", workplace.root)
-        layers = _compress(job, workplace)
-        _assemble(job, workplace)
-        record = _record(job, layers, workplace, command, fingerprint)
-        _measure(job, workplace, record, before)
-        record.seconds = round(time.perf_counter() - started, 3)
-        record.peak_memory_bytes = _peak_memory()
-        _describe(job, workplace, record)
-    except OSError as error:
-        raise ResourceError(
-            f"Writing to {workplace.root} failed ({error.strerror or error}).",
-            fix="Free some disk space or choose another --out; the same command continues where it stopped.",
-        ) from error
-    if out.exists():
-        shutil.rmtree(out)
-    workplace.result.rename(out)
-    shutil.rmtree(workplace.root)
+        try:
+            layers = _compress(job, workplace)
+            _assemble(job, workplace)
+            record = _record(job, layers, workplace, command, fingerprint)
+            _measure(job, workplace, record, before)
+            record.seconds = round(time.perf_counter() - started, 3)
+            record.peak_memory_bytes = _peak_memory()
+            _describe(job, workplace, record)
+        except UserError:
+            if not resumed:  # what has to be mended makes it another run, which could not continue this one
+                shutil.rmtree(workplace.root)
+            raise
+        if out.exists():
+            shutil.rmtree(out)
+        workplace.result.rename(out)
+        shutil.rmtree(workplace.root)
     return record
 
 
-def _finished(out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or overwrite:
-        return None
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into an error that says what to do; the work done so far stays."""
     try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"Writing to {folder} failed ({getattr(error, 'strerror', None) or error}).",
+            fix="Free some disk space or choose another --out; the same command continues where it stopped.",
+        ) from error
+
+
+def _finished(job: Job, out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
+    """Return the record of this very result when `out` holds it; refuse to replace anything else unasked."""
+    if job.source.folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is, or holds, the model itself.", fix="Choose another --out.")
+    if not out.exists() or (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        return None
+    record = None
+    with suppress(ModelError, OSError):
         record = RunRecord.load(out)
-    except (OSError, ValueError, KeyError, TypeError):
-        record = None
-    if record is not None and record.fingerprint == fingerprint:
-        log.info("%s already holds this result; nothing to do.", out)
-        return record
-    raise UserError(f"{out} already exists.", fix="Choose another --out, or pass --overwrite.")
+    if record is None or record.fingerprint != fingerprint:
+        raise UserError(f"{out} already exists.", fix="Choose another --out, or pass --overwrite.")
+    log.info("%s already holds this result; nothing to do.", out)
+    return record
 
 
 def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:

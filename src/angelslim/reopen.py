@@ -8,7 +8,7 @@ code that opens any model opens it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ from .numerics.scheme import Quant, Scheme
 class QuantizedCheckpoint(Checkpoint):
     """The tensors of a compressed folder, decoded when read."""
 
-    def __init__(self, folder: Path, exporter: Exporter, scheme: Scheme, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, exporter: Exporter, settings: Mapping[str, Any], dtype: torch.dtype
+    ) -> None:
         super().__init__(folder)
-        self.exporter, self.scheme, self.dtype = exporter, scheme, dtype
+        self.exporter, self.dtype = exporter, dtype
         self.stored = dict(self.tensors)
         suffix = f".{exporter.scale_name}"
         names = {tensor.removesuffix(suffix) for tensor in self.stored if tensor.endswith(suffix)}
         self.parts: dict[str, list[str]] = {name: [] for name in sorted(names)}
+        self.schemes: dict[str, Scheme] = exporter.schemes(settings, list(self.parts))
         for tensor in self.stored:
             name, _, leaf = tensor.rpartition(".")
             if name in names and leaf != "bias":
@@ -52,7 +55,7 @@ class QuantizedCheckpoint(Checkpoint):
     def restore(self, name: str) -> Restored:
         """Decode one quantized layer to its codes and scales."""
         tensors = {tensor: read_tensor(self.stored[tensor]) for tensor in self.parts[name]}
-        restored = self.exporter.restore(name, tensors, self.scheme)
+        restored = self.exporter.restore(name, tensors, self.schemes[name])
         assert restored is not None, name
         return restored
 
@@ -72,7 +75,7 @@ def open_quantized(folder: Path, config: Any) -> QuantizedCheckpoint:
     for name in FORMATS:
         exporter = FORMATS.get(name)
         if exporter.method == method:
-            return QuantizedCheckpoint(folder, exporter, exporter.schemes(settings), torch_dtype(config))
+            return QuantizedCheckpoint(folder, exporter, settings, torch_dtype(config))
     raise ModelError(
         f"{folder} uses the format {method!r}, which cannot be read here.", fix="Load it in its own engine."
     )
@@ -103,16 +106,16 @@ def load(
 def _quantize_inputs(
     model: nn.Module, targets: dict[str, Any], checkpoint: QuantizedCheckpoint, device: torch.device
 ) -> None:
-    if checkpoint.scheme.input is None:
-        return
-    for name in checkpoint.parts:
+    for name, scheme in checkpoint.schemes.items():
+        if scheme.input is None:
+            continue
         target = targets[f"{name}.weight"]
         module = model.get_submodule(target.parameter.rpartition(".")[0])
         if not isinstance(module, nn.Linear):
             continue  # one expert of a fused stack has no input of its own to hook
         scale = checkpoint.restore(name).input_scale
         scale = None if scale is None else scale.to(device).reshape(1, 1)
-        module.register_forward_pre_hook(_quantizer(checkpoint.scheme.input, scale))
+        module.register_forward_pre_hook(_quantizer(scheme.input, scale))
 
 
 def _quantizer(quant: Quant, scale: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""The only training loop of the package: quantization-aware training, distillation, drafts and tiny models.
+"""Layer 5: the only training loop of the package: quantization-aware training, distillation, drafts and tiny models.
 
 A run is a pure function of its arguments. Batches come from ``batch_at(index)``, the learning rate from
 `rate_at`, and the random state of a step from its number, so a checkpoint needs no iterator and no random

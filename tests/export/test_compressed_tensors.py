@@ -100,7 +100,7 @@ def test_their_compressor_writes_the_tensors_that_we_write(scheme):
 def test_restoring_gives_back_codes_scales_and_scheme(scheme):
     quantized, tensors = exported(scheme)
     config = FORMAT.config({NAME: scheme}, ["lm_head"])
-    read = FORMAT.schemes(config)
+    read = FORMAT.schemes(config, [NAME])[NAME]
     assert read == Scheme(scheme.weight, scheme.input)
     restored = FORMAT.restore(NAME, tensors, read)
     assert restored is not None
@@ -124,11 +124,13 @@ def test_the_config_says_what_engines_look_for():
     assert group["input_activations"]["dynamic"] is False
 
 
-def test_two_schemes_are_two_groups_that_name_their_layers():
+def test_the_rarer_of_two_schemes_names_its_layers():
     config = FORMAT.config({"a": PRESETS["int4"], "b": PRESETS["int8_dynamic"], "c": PRESETS["int4"]}, [])
     assert config["format"] == "mixed-precision"
-    assert [group["targets"] for group in config["config_groups"].values()] == [["a", "c"], ["b"]]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"], ["b"]]
     QuantizationConfig.model_validate(config)
+    read = FORMAT.schemes(config, ["a", "b", "c"])
+    assert read == {"a": PRESETS["int4"], "b": PRESETS["int8_dynamic"], "c": PRESETS["int4"]}
 
 
 @pytest.mark.parametrize(
@@ -147,13 +149,13 @@ def test_refusals_say_why(scheme, reason):
 
 
 def test_choosing_a_format():
-    assert choose(PRESETS["int4"])[0] == "compressed_tensors"
-    assert choose(PRESETS["fp8_block"], "fp8_block")[0] == "fp8_block"
-    assert choose(PRESETS["fp8_block"], "fp8-block")[0] == "fp8_block"
+    assert choose([PRESETS["int4"]])[0] == "compressed_tensors"
+    assert choose([PRESETS["fp8_block"]], "fp8_block")[0] == "fp8_block"
+    assert choose([PRESETS["fp8_block"]], "fp8-block")[0] == "fp8_block"
     with pytest.raises(SchemeError, match="'fp8_block' cannot hold W int4 per-group 128: weights must be FP8"):
-        choose(PRESETS["int4"], "fp8_block")
+        choose([PRESETS["int4"]], "fp8_block")
     with pytest.raises(SchemeError, match="No checkpoint format holds"):
-        choose(Scheme(Quant(FP8, PER_TENSOR, symmetric=False)))
+        choose([Scheme(Quant(FP8, PER_TENSOR, symmetric=False))])
     with pytest.raises(ConfigError, match="Unknown format 'fp8_blok'. Did you mean 'fp8_block'"):
-        choose(PRESETS["fp8_block"], "fp8_blok")
+        choose([PRESETS["fp8_block"]], "fp8_blok")
     assert set(FORMATS) >= {"compressed_tensors", "fp8_block"}

@@ -28,7 +28,7 @@ def test_tensors_follow_the_published_layout():
 def test_round_trip(size):
     scheme = Scheme(Quant(FP8, per_block(*size)), Quant(FP8, per_group(size[1]), dynamic=True))
     quantized = round_weight(torch.randn(130, 140), scheme.weight)
-    read = FORMAT.schemes(FORMAT.config({"a": scheme}, ["lm_head"]))
+    read = FORMAT.schemes(FORMAT.config({"a": scheme}, ["lm_head"]), ["a"])["a"]
     assert read == scheme
     restored = FORMAT.restore("a", FORMAT.tensors("a", quantized, scheme, None), read)
     assert restored is not None and torch.equal(restored.weight.dequantize(), quantized.dequantize())
@@ -44,7 +44,7 @@ def test_config():
         "modules_to_not_convert": ["lm_head"],
     }
     with pytest.raises(ModelError, match="no weight_block_size"):
-        FORMAT.schemes({"quant_method": "fp8"})
+        FORMAT.schemes({"quant_method": "fp8"}, ["a"])
 
 
 @pytest.mark.parametrize("name", ["fp8_static", "fp8_dynamic", "int8_dynamic", "int4"])

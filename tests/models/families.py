@@ -97,6 +97,9 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and not name.startswith(("visual", "model.visual")):
             torch.nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # stored with the weights, and zero until trained
+            torch.nn.init.normal_(buffer)
     return model
 
 

@@ -75,7 +75,6 @@ def run(
 
     job = _job(recipe, rest, seed)
     target = out or Path(job.config.global_.save_path) / f"{Path(job.source.name).name}-{job.name}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     record = pipeline.run(job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite)
     console.out.print(results_table([record]))
     console.out.print(layers_table(record))

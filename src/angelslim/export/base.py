@@ -6,7 +6,7 @@ name. Exporters never see a model: a layer's result in, tensors out, and back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,8 +47,8 @@ class Exporter(Protocol):
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         """Return config.json's ``quantization_config`` for layers (name -> scheme) and full-precision linears."""
 
-    def schemes(self, config: Mapping[str, Any]) -> Scheme:
-        """Read the scheme back from a ``quantization_config``."""
+    def schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scheme]:
+        """Read each layer's scheme back from a ``quantization_config``."""
 
     def restore(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Restored | None:
         """Read one layer back from its tensors; None when the layer is not quantized."""
@@ -57,20 +57,17 @@ class Exporter(Protocol):
 FORMATS: Registry[Exporter] = Registry("format", "angelslim.export", "FORMAT")
 
 
-def choose(scheme: Scheme, wanted: str = "auto") -> tuple[str, Exporter]:
-    """Return the format to write: the wanted one, or the first that holds the scheme."""
-    if wanted != "auto":
-        name = wanted.replace("-", "_")
-        exporter = FORMATS.get(name)
-        reason = exporter.refuses(scheme)
-        if reason:
-            raise SchemeError(f"Format {wanted!r} cannot hold {scheme}: {reason}.", fix="Use format: auto.")
-        return name, exporter
+def choose(schemes: Collection[Scheme], wanted: str = "auto") -> tuple[str, Exporter]:
+    """Return the name and the format to write: the wanted one, or the first that holds every scheme."""
+    names = [wanted.replace("-", "_")] if wanted != "auto" else ["compressed_tensors", *FORMATS]
     reasons = {}
-    for name in ("compressed_tensors", *FORMATS):
+    for name in names:
         exporter = FORMATS.get(name)
-        reasons[name] = exporter.refuses(scheme)
-        if not reasons[name]:
+        refused = [f"{scheme}: {reason}" for scheme in schemes if (reason := exporter.refuses(scheme))]
+        if not refused:
             return name, exporter
+        reasons[name] = refused[0]
+    if wanted != "auto":
+        raise SchemeError(f"Format {wanted!r} cannot hold {reasons[names[0]]}.", fix="Use format: auto.")
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise SchemeError(f"No checkpoint format holds {scheme} ({listed}).", fix="Choose another scheme.")
+    raise SchemeError(f"No checkpoint format holds the scheme ({listed}).", fix="Choose another scheme.")

@@ -82,16 +82,17 @@ class CompressedTensors:
         return found
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-        """One group for each distinct scheme; a single group targets every Linear that is not ignored."""
+        """One group for each distinct scheme: the commonest targets every Linear, the others name their layers."""
         from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             by_scheme.setdefault(scheme, []).append(name)
         groups = {}
+        commonest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
         for index, (scheme, names) in enumerate(by_scheme.items()):
             groups[f"group_{index}"] = QuantizationScheme(
-                targets=["Linear"] if len(by_scheme) == 1 else names,
+                targets=["Linear"] if scheme == commonest else names,
                 weights=_arguments(scheme.weight),
                 input_activations=_arguments(scheme.input) if scheme.input else None,
                 format=VARIANTS[scheme.weight.format.name],
@@ -106,14 +107,21 @@ class CompressedTensors:
         written: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
         return written
 
-    def schemes(self, config: Mapping[str, Any]) -> Scheme:
-        """Read the (single) scheme through the library's schema."""
+    def schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scheme]:
+        """Read the groups through the library's schema; a group that names a layer outranks one for Linear."""
         from compressed_tensors.quantization import QuantizationConfig
+        from compressed_tensors.utils.match import match_name
 
-        group = next(iter(QuantizationConfig.model_validate(dict(config)).config_groups.values()))
-        return Scheme(
-            _quant(group.weights), _quant(group.input_activations) if group.input_activations else None
-        )
+        groups = QuantizationConfig.model_validate(dict(config)).config_groups.values()
+        read = [(group.targets, _scheme(group)) for group in groups]
+        general = next((scheme for targets, scheme in read if "Linear" in targets), read[0][1])
+        return {
+            name: next(
+                (scheme for targets, scheme in read if any(match_name(name, target) for target in targets)),
+                general,
+            )
+            for name in names
+        }
 
     def restore(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Restored | None:
         """Undo `tensors`."""
@@ -151,6 +159,11 @@ def _arguments(quant: Quant) -> Any:
         dynamic=quant.dynamic,
         **details,
     )
+
+
+def _scheme(group: Any) -> Scheme:
+    given = group.input_activations
+    return Scheme(_quant(group.weights), _quant(given) if given else None)
 
 
 def _quant(arguments: Any) -> Quant:

@@ -56,15 +56,16 @@ class Fp8Block:
             "modules_to_not_convert": list(ignore),
         }
 
-    def schemes(self, config: Mapping[str, Any]) -> Scheme:
-        """Read the block size back."""
+    def schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scheme]:
+        """Read the block size back; all layers share it."""
         size = config.get("weight_block_size")
         if not size:
             raise ModelError(
                 "This fp8 checkpoint has no weight_block_size.", fix="Only block FP8 can be read here."
             )
         fp8 = FORMATS["fp8_e4m3"]
-        return Scheme(Quant(fp8, per_block(*size)), Quant(fp8, per_group(size[1]), dynamic=True))
+        scheme = Scheme(Quant(fp8, per_block(*size)), Quant(fp8, per_group(size[1]), dynamic=True))
+        return dict.fromkeys(names, scheme)
 
     def restore(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Restored | None:
         """Undo `tensors`."""

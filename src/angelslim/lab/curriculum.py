@@ -32,6 +32,11 @@ def shares_at(progress: float) -> tuple[float, ...]:
     return (0.12, 0.12, 0.06, 0.6) if progress < WARM_UP else (0.25, 0.45, 0.02, 0.08)
 
 
+def text_share() -> float:
+    """Return the share of all rows of a run that are text."""
+    return WARM_UP * (1 - sum(shares_at(0.0))) + (1 - WARM_UP) * (1 - sum(shares_at(1.0)))
+
+
 def pairs_at(progress: float) -> int:
     """Return the most pairs that a recall list has at a point of the run, from 0 to 1."""
     return next(pairs for until, pairs in LADDER if progress <= until)

@@ -26,7 +26,7 @@ from ..base.errors import ConfigError
 from ..data import builtin
 from ..train import StepRecord, TrainSettings, train
 from .card import results_table, write_card
-from .curriculum import Curriculum, weighted_loss
+from .curriculum import Curriculum, text_share, weighted_loss
 from .rows import conversation, encode_corpus
 from .score import exact_match, perplexity
 from .tokenizer import END, TURN_END, VOCABULARY, save_tokenizer, train_tokenizer
@@ -50,10 +50,10 @@ class Plan:
 
 
 def default_plan(device: str, seed: int) -> Plan:
-    """Return the run for a kind of device: about eight minutes on a large GPU, an hour on two CPU cores."""
+    """Return the run for a kind of device: minutes on a large GPU, some hours on two CPU cores."""
     if device == "cuda":
         return Plan(seed, steps=9_000, rows=128, length=512, lr=2e-3, bf16=True, compile=True)
-    return Plan(seed, steps=2_400, rows=16, length=256, lr=1.5e-3, bf16=False, compile=False)
+    return Plan(seed, steps=6_000, rows=16, length=256, lr=1.5e-3, bf16=False, compile=False)
 
 
 def build_model(seed: int) -> Any:
@@ -232,11 +232,13 @@ def _training_facts(
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     every = max(len(records) // 200, 1)
     last = records[-100:]
+    tokens = plan.steps * plan.rows * plan.length
     return {
         **asdict(plan),
         "data": f"{documents} files of the standard library of Python {platform.python_version()} "
         f"({corpus / 1e6:.1f} M tokens), generated additions and recall lists, repeated random tokens",
-        "tokens": plan.steps * plan.rows * plan.length,
+        "tokens": tokens,
+        "text_passes": round(tokens * text_share() / corpus, 1),
         "minutes": round(sum(record.seconds for record in records) / 60, 2),
         "device": name,
         "final_loss": round(sum(record.loss for record in last) / len(last), 4),

@@ -27,6 +27,8 @@ class Blockwise(Protocol):
     not.
     """
 
+    reads: frozenset[str]  # the options it knows; others that a recipe sets are reported as having no effect
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Take the method's options from the recipe; wrong values are a `ConfigError`."""
 

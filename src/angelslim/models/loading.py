@@ -81,25 +81,22 @@ class Source:
         filled = rule.convert(name, model=self.model, config=self.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in filled.items()}
 
-    def materialize(self, path: str, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-        """Fill the parameters of the module at `path` from disk; returns the module."""
+    def materialize(self, path: str, device: torch.device) -> nn.Module:
+        """Fill the parameters and the stored buffers of the module at `path` from disk; returns the module."""
         module: nn.Module = self.model.get_submodule(path)
         prefix = f"{path}." if path else ""
         pending = {prefix + name for name, value in module.named_parameters() if value.is_meta}
+        pending |= {prefix + name for name, _ in module.named_buffers()} & self.tensors_of.keys()
         while pending:
             name = min(pending)
             filled = self.parameter(self._tied(name))
             if self._tied(name) != name:
                 filled = {name: next(iter(filled.values()))}
             for key, value in filled.items():
-                self._fill(key, value.to(device=device, dtype=self._kept_dtype(key, value, dtype)))
+                self._fill(key, value.to(device))
                 pending.discard(key)
         module.to(device=device)
         return module
-
-    def _kept_dtype(self, name: str, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-        declared = self.model.get_parameter(name).dtype  # families that keep routers in fp32 declare it
-        return declared if dtype is None or declared == torch.float32 else dtype
 
     def _tied(self, name: str) -> str:
         if name in self.tensors_of or not getattr(self.config, "tie_word_embeddings", False):
@@ -109,13 +106,17 @@ class Source:
 
     def _fill(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        expected = self.model.get_parameter(name).shape
-        if value.shape != expected:
+        module = self.model.get_submodule(path)
+        expected = getattr(module, leaf)
+        if value.shape != expected.shape:
             raise ModelError(
-                f"{self.folder}: {name!r} has shape {list(value.shape)}, config.json asks for {list(expected)}.",
+                f"{self.folder}: {name!r} has shape {list(value.shape)}, config.json asks for {list(expected.shape)}.",
                 fix="Use the config.json that belongs to these weights.",
             )
-        self.model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value  # small, and stored in the type that routing needs
+        else:  # families that keep routers in float32 declare it
+            module._parameters[leaf] = nn.Parameter(value.to(expected.dtype), requires_grad=False)
 
     def free(self, path: str) -> None:
         """Return the parameters below `path` to the meta device."""

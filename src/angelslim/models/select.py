@@ -7,10 +7,8 @@ and how engines read them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
 
 from ..base.errors import SchemeError
 from ..config.ignore import matches
@@ -44,21 +42,23 @@ class Selection:
         return tuple(layer for layer in self.layers if layer.block == block)
 
 
-def select(
-    source: Source,
-    scheme: Scheme,
-    *,
-    ignore: Sequence[str] = (),
-    head: bool = False,
-    towers: Iterable[str] = (),
-) -> Selection:
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe asks for beyond the linears of the decoder blocks, and what it leaves alone."""
+
+    ignore: tuple[str, ...] = ()  # entries of `ignore_layers`
+    head: bool = False
+    embeddings: bool = False
+    towers: frozenset[str] = frozenset()  # "vision", "audio", "projector"
+
+
+def select(source: Source, scheme: Scheme, choice: Choice = Choice()) -> Selection:
     """Choose the layers of a model for one scheme.
 
-    The head is quantized only when asked for, towers (``"vision"``, ``"audio"``, ``"projector"``) likewise,
-    embeddings never are matrices of a linear. A scheme whose groups do not fit is refused at once, naming every
-    offending layer.
+    An embedding is looked up, not multiplied with, so it gets the scheme's weight and no input. A scheme whose
+    groups do not fit is refused at once, naming every offending layer.
     """
-    wanted_towers = set(towers)
+    _refuse_tied(source, choice)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
     for tensor, info in source.checkpoint.tensors.items():
@@ -66,14 +66,16 @@ def select(
             continue
         name = tensor.removesuffix(".weight")
         module, reason = _destination(source, tensor)
+        embedding = module in source.structure.embeddings
         if not reason:
-            reason = _refusal(source, name, module or name, ignore, head, wanted_towers)
+            reason = _refusal(source, name, module or name, choice)
         if reason:
             skipped[name] = reason
             continue
         shape = (info.shape[0], info.shape[1])
         path = source.targets[tensor].parameter
-        layers.append(Layer(name, tensor, module, shape, source.structure.block_of(path), scheme))
+        own = Scheme(scheme.weight) if embedding else scheme
+        layers.append(Layer(name, tensor, module, shape, source.structure.block_of(path), own))
     _check_fit(layers)
     return Selection(tuple(layers), skipped)
 
@@ -90,26 +92,32 @@ def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
             return None, ""
         return None, "experts stored as one stack" if stacked else "not the weight of a linear layer"
     module = target.parameter.removesuffix(".weight")
-    if isinstance(source.model.get_submodule(module), nn.Embedding):
-        return None, "embedding"
-    if module not in source.structure.linears:
+    if module not in source.structure.linears and module not in source.structure.embeddings:
         return None, "not the weight of a linear layer"
     return module, ""
 
 
-def _refusal(
-    source: Source, name: str, module: str, ignore: Sequence[str], head: bool, towers: set[str]
-) -> str:
+def _refuse_tied(source: Source, choice: Choice) -> None:
+    if (choice.head or choice.embeddings) and getattr(source.config, "tie_word_embeddings", False):
+        raise SchemeError(
+            f"The head of {source.name} is tied to its embedding, so neither can be quantized by itself.",
+            fix="Leave out quantize_lm_head and quantize_embeddings.",
+        )
+
+
+def _refusal(source: Source, name: str, module: str, choice: Choice) -> str:
     structure = source.structure
-    pattern = next((entry for entry in ignore if matches(entry, name) or matches(entry, module)), None)
+    pattern = next((entry for entry in choice.ignore if matches(entry, name) or matches(entry, module)), None)
     tower = structure.tower_of(module)
     if module == structure.head:
-        return "" if head else "head (ask with quantize_lm_head: true)"
+        return "" if choice.head else "head (ask with quantize_lm_head: true)"
+    if module in structure.embeddings and (tower is None or not choice.embeddings):
+        return "" if choice.embeddings else "embedding (ask with quantize_embeddings: true)"
     if pattern is not None:
         return f"ignore_layers: {pattern}"
     if module in structure.keep:
         return "router, kept in full precision"
-    if tower is not None and tower not in towers:
+    if tower is not None and tower not in choice.towers:
         return f"{tower} tower" if tower != "projector" else "projector"
     if tower is None and structure.block_of(module) is None:
         return "outside the decoder blocks"
@@ -121,6 +129,8 @@ def _check_fit(layers: Sequence[Layer]) -> None:
     for layer in layers:
         try:
             tile_of(layer.scheme.weight.granularity, layer.shape)
+            if layer.scheme.input is not None:  # groups of inputs have to fit as well
+                tile_of(layer.scheme.input.granularity, layer.shape)
         except SchemeError as error:
             problems.setdefault(f"{error.what}|{error.fix}", []).append(layer.name)
     for message, names in problems.items():

@@ -52,7 +52,7 @@ class Block:
     index: int | None
     layers: tuple[Layer, ...]
     groups: dict[str, Group]  # linear's module path -> its group
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     samples: int = 0
     stream: BlockStream | None = None
     results: list[QuantizedLayer] = field(default_factory=list)

@@ -39,6 +39,8 @@ PROBE_VALUES = 1 << 16  # inputs kept per layer for the before/after histogram
 class RoundToNearest:
     """Options: `observer`, `percentile` (static activations only)."""
 
+    reads = frozenset({"observer", "percentile"})
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.observer = str(options.get("observer", "absmax"))
         self.percent = float(options.get("percentile", 99.99))

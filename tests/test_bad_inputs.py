@@ -81,7 +81,7 @@ def override_without_a_key(folder, model):
     return ["fp8_static", model, "=4"]
 
 
-@case("recipe.yaml, line 2", "Not valid YAML")
+@case("recipe.yaml, line 3", "Not valid YAML", "expected ',' or ']'")
 def invalid_yaml(folder, model):
     return [recipe(folder, "compression:\n  quantization: [unclosed\n"), model]
 
@@ -170,8 +170,14 @@ def another_dtype(folder, model):
 # ----------------------------------------------------------------------------------------------------- groups
 
 
-@case("Input size 128 is not a multiple of the group size 96", "model.layers.0.self_attn.q_proj", "ignore_layers")
+@case("Input size 256 is not a multiple of the group size 96", "model.layers.0.mlp.down_proj", "ignore_layers")
 def group_that_does_not_divide(folder, model):
+    ignored = "compression.quantization.ignore_layers=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj]"
+    return ["int4_rtn", model, "compression.quantization.quant_method.group_size=96", ignored]
+
+
+@case("is not a multiple of the group size 96", "model.layers.0.", " and ", "more", "ignore_layers")
+def group_that_divides_nothing(folder, model):
     return ["int4_rtn", model, "compression.quantization.quant_method.group_size=96"]
 
 

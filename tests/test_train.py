@@ -56,7 +56,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def run(folder: Path, settings: TrainSettings = SETTINGS, batches: Any = batch_at) -> tuple[str, list[StepRecord]]:
+def run(
+    folder: Path, settings: TrainSettings = SETTINGS, batches: Any = batch_at
+) -> tuple[str, list[StepRecord]]:
     model = toy()
     records = train(model, batches, loss_of, settings, folder, device="cpu")
     return fingerprint(model), records
@@ -158,7 +160,9 @@ def test_accumulation_sees_the_batches_of_a_larger_step(tmp_path: Path) -> None:
 
 def test_workers_give_the_same_run(tmp_path: Path) -> None:
     plain, _ = run(tmp_path / "plain")
-    ahead, _ = run(tmp_path / "ahead", TrainSettings(**{**SETTINGS.identity(), "betas": (0.9, 0.95), "workers": 2}))
+    ahead, _ = run(
+        tmp_path / "ahead", TrainSettings(**{**SETTINGS.identity(), "betas": (0.9, 0.95), "workers": 2})
+    )
     assert ahead == plain
 
 
@@ -184,22 +188,21 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_a_diverging_run_is_stopped_and_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="The loss is nan at step 2"):
-        run(tmp_path, batches=lambda index: {**batch_at(index), "y": torch.tensor(torch.nan if index == 2 else 0.0)})
+        run(
+            tmp_path,
+            batches=lambda index: {**batch_at(index), "y": torch.tensor(torch.nan if index == 2 else 0.0)},
+        )
     assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
-        ("wsd", [0.5, 1.0, 1.0, 0.55, 0.145]),
-        ("cosine", [0.5, 1.0, 0.868, 0.55, 0.134]),
+        ("constant", {0: 0.5, 2: 1.0, 19: 1.0}),
+        ("wsd", {0: 0.5, 2: 1.0, 10: 1.0, 15: 0.55, 19: 0.19}),
+        ("cosine", {0: 0.5, 2: 1.0, 6: 0.8947, 11: 0.55, 18: 0.1271}),
     ],
 )
-def test_rates(schedule: Any, expected: list[float]) -> None:
+def test_rates(schedule: Any, expected: dict[int, float]) -> None:
     settings = TrainSettings(steps=20, lr=1.0, warmup=2, schedule=schedule, decay=0.5, lowest=0.1)
-    rates = [rate_at(step, settings) for step in (0, 2, 6, 11, 18)]
-    if schedule == "wsd":
-        rates = [rate_at(step, settings) for step in (0, 2, 10, 15, 19)]
-        expected = [0.5, 1.0, 1.0, 0.55, 0.19]
-    assert rates == pytest.approx(expected, abs=2e-3)
+    assert {step: rate_at(step, settings) for step in expected} == pytest.approx(expected, abs=1e-4)

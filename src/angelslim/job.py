@@ -36,7 +36,7 @@ from .numerics.scheme import Scheme
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
-READ_HERE = frozenset({"quant_vit", "save_name"})  # switches that choose layers and formats, not algorithms
+READ_HERE = frozenset({"quant_vit", "quantize_embeddings", "save_name"})  # switches that choose layers and formats, not algorithms
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 
@@ -115,6 +115,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     quantization = config.compression[0].quantization
     assert quantization is not None
     source = open_model(reference, trust_remote_code=config.model.trust_remote_code)
+    source.check()
     _check_dtype(config, source)
     choice = Choice(
         ignore=stage.ignore,
@@ -146,6 +147,10 @@ def _only_stage(found: Sequence[Stage]) -> Stage:
             raise ConfigError(
                 f"Understood, but not built yet: {stage.kind} method {stage.method!r}.",
                 fix=f"Built methods: {', '.join(PTQ)}; `angelslim ls` lists the recipes that run.",
+            )
+        if stage.scheme.kv is not None:
+            raise ConfigError(
+                "Understood, but not built yet: quantization of the KV cache.", fix="Remove quant_method.kv_cache."
             )
     if len(found) != 1:
         what = (

@@ -44,6 +44,7 @@ from .report.html import write_html
 from .report.record import RunRecord
 
 PACKAGES = ("angelslim", "torch", "transformers", "safetensors", "compressed-tensors")
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 SMALL_MODEL = 300_000_000  # parameters up to which a run measures perplexity unasked on a CPU
 
 
@@ -300,13 +301,15 @@ def tokenizer_of(folder: Path) -> Any:
     """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
     from transformers import AutoTokenizer
 
+    fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
+    if not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
+        # transformers would make an empty one up for some families
+        raise ModelError(f"{folder} has no usable tokenizer (no file of one).", fix=fix)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer ({str(error).splitlines()[0][:120]}).",
-            fix="Copy tokenizer.json and tokenizer_config.json of the model into the folder.",
-        ) from error
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{folder} has no usable tokenizer ({reason}).", fix=fix) from error
 
 
 def _record(

@@ -144,6 +144,52 @@ def test_files_ask_for_what_they_mean(name):
     assert validate_file(HERE / "dialect" / f"{name}.yaml").asks_for == ASKED[name]
 
 
+DOCUMENTED = """
+model: {model_path: some/model}
+compression:
+  name: [QAT]
+  QAT:
+    training_mode: blockwise
+    resume_ckpt_dir: ""
+    block_wise_config: {train_size: 64, val_size: 8}
+    plugin_config: {enable_scale: true, enable_rotation: %s}
+    hf_args:
+      # a section of comments only
+"""
+
+
+@pytest.mark.parametrize("rotates", ["false", "true"])
+def test_keys_that_public_pages_describe_and_no_public_file_holds(tmp_path, rotates):
+    path = tmp_path / "documented.yaml"
+    path.write_text(DOCUMENTED % rotates, "utf-8")
+    report = validate_file(path)
+    assert (report.errors, report.asks_for) == ([], ["qat blockwise"])
+    assert any("enable_rotation is not used" in warning for warning in report.warnings) is (rotates == "true")
+    (stage,) = stages(load(path).config)
+    assert stage.options["block_wise_config"] == {"train_size": 64, "val_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (
+            {"compression": {"name": ["Cache", "PTQ"], "quantization": {"name": "fp8_static"}}},
+            "compression.name",
+        ),
+        ({"compression": {"name": "PTQ", "cache": {"name": "step"}}}, "'compression.cache'"),
+        ({"compression": {"name": "QAT"}, "training": {"do_train": True}}, "'training'"),
+        (
+            {"compressor": {"strategies": {"global": {"strategy": "random", "params": {"ratio": 9}}}}},
+            "ratio is 9",
+        ),
+    ],
+)
+def test_layouts_that_public_files_have_left_behind_are_refused_by_name(data, named):
+    with pytest.raises(ConfigError) as caught:
+        load(data)
+    assert named in str(caught.value)
+
+
 def slips(word: str) -> list[str]:
     """The word with a middle letter dropped, and with two middle letters swapped."""
     middle = len(word) // 2

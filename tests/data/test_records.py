@@ -1,7 +1,9 @@
 import builtins
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,15 +98,33 @@ def test_datasets_is_asked_for_by_name(
         list(read_records(place))
 
 
-def test_a_hub_data_set_outside_the_cache_says_how_to_fetch_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import SimpleNamespace
+class Hub(ModuleType):
+    """Stands for `datasets`, which is an extra: one data set is in its cache."""
 
-    def load_dataset(*names: Any, download_config: Any, **_: Any) -> Any:
-        assert download_config.local_files_only
-        raise ConnectionError("offline")
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    __path__ = ()  # makes it a package, so that datasets.config can be imported
 
-    config = lambda **values: SimpleNamespace(**values)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, DownloadConfig=config))
-    with pytest.raises(DataError, match=r"load_dataset\('owner/name', 'small'\)"):
-        list(read_records("owner/name,small"))
+    def load_dataset(self, repository: str, config: str | None, split: str) -> list[dict[str, str]]:
+        assert self.config.HF_HUB_OFFLINE and split == "train"
+        if (repository, config) != ("owner/name", "small"):
+            raise ConnectionError("offline")
+        return [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    module = Hub("datasets")
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setitem(sys.modules, "datasets.config", module.config)
+    return module
+
+
+def test_a_cached_hub_data_set_is_read_without_the_network(hub: Hub) -> None:
+    assert list(read_records("owner/name,small")) == ["one", "two"]
+    assert hub.config.HF_HUB_OFFLINE is False, "the switch is put back"
+
+
+def test_a_hub_data_set_outside_the_cache_says_how_to_fetch_it(hub: Hub) -> None:
+    with pytest.raises(DataError, match=r"load_dataset\('owner/name', 'large'\)"):
+        list(read_records("owner/name,large"))
+    assert hub.config.HF_HUB_OFFLINE is False

@@ -10,7 +10,13 @@ from angelslim.models.builtin import BUILTIN, builtin_model
 @pytest.mark.parametrize("name", BUILTIN)
 def test_each_builtin_model_is_a_small_complete_folder(name: str) -> None:
     folder = builtin_model(name)
-    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"):
+    for file in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+    ):
         assert (folder / file).is_file()
     assert (folder / "model.safetensors").stat().st_size <= 13e6
 

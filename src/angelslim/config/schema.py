@@ -20,6 +20,7 @@ from .sparsity import Sparsity
 from .training import QAD, QAT, Distill, Dtype, MCoreQAD
 
 Dialect = Literal["sections", "pruning", "flat"]
+StageName = Literal["PTQ", "PTQWeightOnly", "QAT", "QAD", "Distill", "MCoreQAD", "Sparsity"]
 
 
 class Global(Section):
@@ -62,10 +63,15 @@ class Calibrate(Section):
     verbose: bool | None = None
 
 
+def _only_one(value: object) -> object:
+    # The public tool also takes a list of names, and its older pages write ["PTQ"].
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 class Compression(Section):
     """One stage of the run. `name` is inferred from the sections present when it is absent."""
 
-    name: Literal["PTQ", "PTQWeightOnly", "QAT", "QAD", "Distill", "MCoreQAD", "Sparsity"] | None = None
+    name: Annotated[StageName | None, BeforeValidator(_only_one)] = None
     quantization: Quantization | None = None
     sparsity: Sparsity | None = None
     calibrate: Calibrate | None = None

@@ -263,6 +263,7 @@ class Plugin(Section):
     """The quantization that training simulates."""
 
     enable_scale: bool | None = None
+    enable_rotation: bool | None = None  # accepted; `transform` is what rotates here
     quant_config: TrainedQuant | None = None
 
 
@@ -272,6 +273,7 @@ class BlockWise(Section):
     epochs: Int | None = None
     batch_size: Int | None = None
     train_size: Int | None = None
+    val_size: Int | None = None
     training_seqlen: Int | None = None
     quant_lr: Number | None = None
     weight_lr: Number | None = None

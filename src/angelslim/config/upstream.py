@@ -285,6 +285,9 @@ def _stage_remarks(stage: Compression) -> Iterator[str]:
     for teacher in (stage.qad, stage.distill):
         if teacher is not None and teacher.teacher_trust_remote_code:
             yield "teacher_trust_remote_code is true: Python code that comes with the teacher may run."
+    for trained in (stage.qat, stage.qad):
+        if trained is not None and trained.plugin_config and trained.plugin_config.enable_rotation:
+            yield "plugin_config.enable_rotation is not used; the section transform rotates the weights."
     if stage.sparsity is not None:
         yield from _unknown("sparse attention method", stage.sparsity.name, KNOWN_PATTERNS)
     section = stage.quantization

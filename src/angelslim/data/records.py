@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 def _read_hub(name: str) -> Iterator[Record]:
     datasets = _datasets(f"Reading the data set {name!r}")
     repository, _, config = name.partition(",")
-    offline = datasets.DownloadConfig(local_files_only=True)
     try:
-        rows = datasets.load_dataset(repository, config or None, split="train", download_config=offline)
+        with _offline():
+            rows = datasets.load_dataset(repository, config or None, split="train")
     except (OSError, ValueError) as error:  # what the library raises for a data set that is not in the cache
         command = f"datasets.load_dataset({repository!r}" + (f", {config!r})" if config else ")")
         raise DataError(
@@ -162,3 +163,20 @@ def _read_hub(name: str) -> Iterator[Record]:
         ) from error
     for index, row in enumerate(rows):
         yield to_record(row, f"{name}, row {index}")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the hub's libraries from the network; both read their switch once, when they are imported."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value

@@ -63,14 +63,36 @@ class Source:
             feeds.setdefault(self.targets[tensor].parameter, []).append(tensor)
         return feeds
 
+    def check(self) -> None:
+        """Refuse a checkpoint that does not fit config.json: other shapes, or blocks without weights."""
+        for tensor, target in self.targets.items():
+            if target.pattern is None:
+                self._check_shape(target.parameter, self.checkpoint.tensors[tensor].shape)
+        for block in self.structure.blocks:
+            for name, _ in self.model.get_submodule(block).named_parameters(prefix=block):
+                if name not in self.tensors_of and self._tied(name) == name:
+                    raise self._absent(name)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        path, _, leaf = name.rpartition(".")
+        expected = getattr(self.model.get_submodule(path), leaf).shape
+        if tuple(shape) != tuple(expected):
+            raise ModelError(
+                f"{self.folder}: {name!r} has shape {list(shape)}, config.json asks for {list(expected)}.",
+                fix="Use the config.json that belongs to these weights.",
+            )
+
+    def _absent(self, name: str) -> ModelError:
+        return ModelError(
+            f"{self.folder} holds no weights for {name!r}.",
+            fix="The checkpoint and config.json do not belong together, or a shard is missing.",
+        )
+
     def parameter(self, name: str) -> dict[str, Tensor]:
         """Read what a parameter needs; a conversion may fill several parameters at once."""
         tensors = self.tensors_of.get(name)
         if not tensors:
-            raise ModelError(
-                f"{self.folder} holds no weights for {name!r}.",
-                fix="The checkpoint and config.json do not belong together, or a shard is missing.",
-            )
+            raise self._absent(name)
         pattern = self.targets[tensors[0]].pattern
         if pattern is None:
             return {name: self.checkpoint.read(tensors[0])}
@@ -105,18 +127,14 @@ class Source:
         return tied.get(name, name)
 
     def _fill(self, name: str, value: Tensor) -> None:
+        self._check_shape(name, value.shape)
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        expected = getattr(module, leaf)
-        if value.shape != expected.shape:
-            raise ModelError(
-                f"{self.folder}: {name!r} has shape {list(value.shape)}, config.json asks for {list(expected.shape)}.",
-                fix="Use the config.json that belongs to these weights.",
-            )
         if leaf in module._buffers:
             module._buffers[leaf] = value  # small, and stored in the type that routing needs
         else:  # families that keep routers in float32 declare it
-            module._parameters[leaf] = nn.Parameter(value.to(expected.dtype), requires_grad=False)
+            kept = value.to(getattr(module, leaf).dtype)
+            module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
 
     def free(self, path: str) -> None:
         """Return the parameters below `path` to the meta device."""

@@ -125,18 +125,20 @@ def _refusal(source: Source, name: str, module: str, choice: Choice) -> str:
 
 
 def _check_fit(layers: Sequence[Layer]) -> None:
-    problems: dict[str, list[str]] = {}
+    """Refuse groups that do not divide a layer's input, of weights or of activations, naming the layers."""
+    problems: dict[str, SchemeError] = {}
     for layer in layers:
         try:
             tile_of(layer.scheme.weight.granularity, layer.shape)
-            if layer.scheme.input is not None:  # groups of inputs have to fit as well
+            if layer.scheme.input is not None:
                 tile_of(layer.scheme.input.granularity, layer.shape)
         except SchemeError as error:
-            problems.setdefault(f"{error.what}|{error.fix}", []).append(layer.name)
-    for message, names in problems.items():
-        what, fix = message.split("|")
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        raise SchemeError(f"{what} Layers: {shown}.", fix=fix)
+            problems[layer.name] = error
+    if problems:
+        what = " ".join(dict.fromkeys(error.what for error in problems.values()))
+        names, more = list(problems)[:4], len(problems) - 4
+        shown = ", ".join(names) + (f" and {more} more" if more > 0 else "")
+        raise SchemeError(f"{what} Layers: {shown}.", fix=next(iter(problems.values())).fix)
 
 
 def groups_by_linear(source: Source) -> dict[str, Group]:

@@ -1,0 +1,174 @@
+"""Compressed folders opened by us and by stock transformers: the same weights and the same logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import job_for, save_qwen3
+
+from angelslim import load, pipeline
+from angelslim.base.errors import ModelError
+from angelslim.models.checkpoint import Checkpoint
+from angelslim.numerics.quantize import fake_quantize
+from angelslim.numerics.scheme import PRESETS
+
+sys.path.insert(0, str(Path(__file__).parent / "models"))
+from families import save_random  # noqa: E402
+
+GROUP = "compression.quantization.quant_method.group_size"
+SCHEME = "compression.quantization.scheme"
+RUNS = {
+    "fp8_static": ("fp8_static", "dataset.num_samples=4", "dataset.max_seq_length=32"),
+    "fp8_dynamic": ("fp8_dynamic",),
+    "fp8 per tensor, dynamic": ("fp8_dynamic", "compression.quantization.quant_method.weight=per-tensor"),
+    "int8_dynamic": ("int8_dynamic",),
+    "int4_rtn": ("int4_rtn",),
+    "int4 groups of 32": ("int4_rtn", f"{GROUP}=32"),
+    "int4 per channel": ("int4_rtn", f"{GROUP}=-1"),
+}
+ASYMMETRIC = {
+    "int4_rtn_asym": ("int4_rtn_asym",),
+    "int4 groups of 64": ("int4_rtn_asym", f"{GROUP}=64"),
+    "int4 per channel": ("int4_rtn_asym", f"{GROUP}=-1"),
+}
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory) -> Path:
+    """A float32 model, so that transformers keeps our float32 scales instead of rounding them to bfloat16."""
+    return save_qwen3(tmp_path_factory.mktemp("float32") / "model", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def compressed(float_folder, tmp_path_factory):
+    made: dict[tuple[str, ...], Path] = {}
+
+    def folder(*words: str) -> Path:
+        if words not in made:
+            made[words] = tmp_path_factory.mktemp("runs") / "out"
+            pipeline.run(job_for(float_folder, words[0], *words[1:]), made[words])
+        return made[words]
+
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def stock(folder: Path, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def assert_same_weights(theirs, ours) -> None:
+    expected = ours.state_dict()
+    found = theirs.state_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
+def test_transformers_computes_our_logits_exactly(words, compressed):
+    """Its quantized forward and ours agree to the last bit: weights, input scales, rounding."""
+    theirs, ours = stock(compressed(*words)), load(compressed(*words))
+    assert torch.equal(logits(theirs), logits(ours))
+    assert_same_weights(theirs, ours)  # its first forward has unpacked them
+
+
+@pytest.mark.parametrize("words", ASYMMETRIC.values(), ids=ASYMMETRIC)
+def test_transformers_decodes_zero_points_as_we_do(words, compressed):
+    from transformers import CompressedTensorsConfig
+
+    # Without dequantize, transformers 5.23 with compressed-tensors 0.18 and newer packs the zero points of an
+    # already packed layer a second time while loading, and fails.
+    theirs = stock(compressed(*words), quantization_config=CompressedTensorsConfig(dequantize=True))
+    ours = load(compressed(*words))
+    assert_same_weights(theirs, ours)
+    assert torch.equal(logits(theirs), logits(ours))
+
+
+def test_transformers_decodes_fp8_blocks_as_we_do(compressed):
+    folder = compressed("fp8_block", "compression.quantization.format=fp8_block")
+    theirs, ours = stock(folder), load(folder)  # without an FP8 device it dequantizes the weights
+    assert_same_weights(theirs, ours)
+
+
+def test_inputs_are_quantized_as_the_engine_will(compressed, float_folder):
+    model = load(compressed("fp8_dynamic"))
+    projection = model.model.layers[0].mlp.up_proj
+    values = torch.randn(1, 5, 128)
+    scheme = PRESETS["fp8_dynamic"].input
+    assert scheme is not None
+    expected = torch.nn.functional.linear(fake_quantize(values, scheme), projection.weight)
+    with torch.no_grad():
+        assert torch.equal(projection(values), expected)
+        assert not torch.equal(projection(values), torch.nn.functional.linear(values, projection.weight))
+
+
+def test_static_scales_saturate_inputs(compressed):
+    model = load(compressed(*RUNS["fp8_static"]))
+    projection = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        huge, larger = projection(torch.full((1, 1, 256), 1e6)), projection(torch.full((1, 1, 256), 1e7))
+    assert torch.equal(huge, larger)
+
+
+def test_weights_only_schemes_leave_inputs_alone(compressed):
+    projection = load(compressed("int4_rtn")).model.layers[0].mlp.up_proj
+    assert not projection._forward_pre_hooks
+
+
+def test_an_uncompressed_model_opens_as_it_is(float_folder):
+    assert_same_weights(stock(float_folder), load(float_folder))
+
+
+def test_generation_settings_travel(compressed):
+    model = load(compressed("fp8_dynamic"))
+    assert model.generation_config.eos_token_id == 2
+    assert model.generate(IDS, max_new_tokens=3, do_sample=False).shape[1] <= IDS.shape[1] + 3
+    assert not model.training
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "hunyuan_v1_moe", "llava", "phi3"])
+def test_other_families_open_in_transformers_too(family, tmp_path):
+    save_random(family, tmp_path / "model")
+    pipeline.run(job_for(tmp_path / "model", "int8_dynamic"), tmp_path / "out")
+    ours = load(tmp_path / "out")
+    theirs = type(ours).from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_are_decoded_into_their_stack(tmp_path):
+    original = save_random("qwen3_moe", tmp_path / "model")
+    pipeline.run(job_for(tmp_path / "model", "int8_dynamic"), tmp_path / "out")
+    stored = Checkpoint(tmp_path / "out").tensors
+    assert "model.layers.1.mlp.experts.3.down_proj.weight_scale" in stored
+    name = "model.layers.1.mlp.experts.down_proj"
+    before, after = original.get_parameter(name), load(tmp_path / "out").get_parameter(name)
+    assert before.shape == after.shape and not torch.equal(before, after)
+    assert (before - after).norm() / before.norm() < 0.01
+
+
+def test_a_routing_bias_survives(tmp_path):
+    """DeepSeek-V3 and its kin store it as a buffer, not as a parameter."""
+    original = save_random("deepseek_v3", tmp_path / "model")
+    pipeline.run(job_for(tmp_path / "model", "fp8_dynamic"), tmp_path / "out")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert original.get_buffer(name).abs().min() > 0
+    assert torch.equal(load(tmp_path / "out").get_buffer(name), original.get_buffer(name))
+
+
+def test_a_foreign_format_is_refused(tmp_path, float_folder):
+    from tiny import copy_model, edit_json
+
+    folder = copy_model(float_folder, tmp_path / "model")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(ModelError, match="'bitsandbytes', which cannot be read here"):
+        load(folder)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+
+from angelslim.pipeline import PACKAGES, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,10 +22,10 @@ def environment() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": psutil.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        **{name: version(name) for name in ("angelslim", "torch", "transformers", "compressed-tensors")},
+        **versions(PACKAGES),
     }
 
 

@@ -19,11 +19,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import bar, write
 from transformers import Qwen3Config
 
 import angelslim
 from angelslim.models.checkpoint import UnitWriter
+from common import bar, write
 
 METHODS = {
     "int8_dynamic": [],

@@ -45,8 +45,12 @@ def filled(text: str, content: str) -> str:
 def main() -> int:
     """Update the pages; with ``--check`` only say whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "quickstart", help="folder of the runs")
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 when a page is out of date")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=ROOT / "quickstart", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; status 1 when a page is out of date"
+    )
     options = parser.parse_args()
     content = table(options.folder)
     stale = 0

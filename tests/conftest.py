@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tiny import Outcome, call, save_qwen3
 
 torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from tiny import byte_tokenizer, copy_model, edit_json, save_qwen3
 
 Words = list[object]
@@ -170,7 +171,9 @@ def another_dtype(folder, model):
 # ----------------------------------------------------------------------------------------------------- groups
 
 
-@case("Input size 256 is not a multiple of the group size 96", "model.layers.0.mlp.down_proj", "ignore_layers")
+@case(
+    "Input size 256 is not a multiple of the group size 96", "model.layers.0.mlp.down_proj", "ignore_layers"
+)
 def group_that_does_not_divide(folder, model):
     ignored = "compression.quantization.ignore_layers=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj]"
     return ["int4_rtn", model, "compression.quantization.quant_method.group_size=96", ignored]
@@ -247,7 +250,9 @@ def index_that_disagrees(folder, model):
     model = save_qwen3(folder / "model", shard="300KB")
     index = json.loads((model / "model.safetensors.index.json").read_text())
     first = next(iter(index["weight_map"].values()))
-    edit_json(model / "model.safetensors.index.json", weight_map=index["weight_map"] | {"ghost.weight": first})
+    edit_json(
+        model / "model.safetensors.index.json", weight_map=index["weight_map"] | {"ghost.weight": first}
+    )
     return ["fp8_dynamic", model]
 
 
@@ -362,6 +367,11 @@ def record_of_unknown_shape(folder, model):
     return data(folder, model, '{"inhalt": "text"}\n')
 
 
+@case("not built yet", "MultiModalDataset", "Use TextDataset")
+def data_of_another_kind(folder, model):
+    return static(model, "dataset.name=MultiModalDataset")
+
+
 # ----------------------------------------------------------------------------------------------------- output
 
 
@@ -431,8 +441,24 @@ def test_an_unbuilt_method_is_told_in_one_line(cli, tiny_folder, tmp_path):
     assert outcome.err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    "words, fragments",
+    [
+        (["evaluation.tasks=[adition]"], ["Did you mean 'addition'"]),
+        (["evaluation.perplexity=nowhere.txt"], ["'nowhere.txt'", "evaluation.perplexity"]),
+    ],
+)
+def test_measurements_are_checked_before_the_work(words, fragments, cli, tiny_folder, tmp_path):
+    outcome = cli("run", "fp8_dynamic", tiny_folder, *words, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert all(fragment in error_line(outcome.err) for fragment in fragments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_mistakes_are_told_at_once(cli, tiny_folder, tmp_path):
-    file = recipe(tmp_path, QUANTIZATION + "    ignore_layer: [lm_head]\n    bitz: 8\ndatset:\n  num_samples: 3\n")
+    file = recipe(
+        tmp_path, QUANTIZATION + "    ignore_layer: [lm_head]\n    bitz: 8\ndatset:\n  num_samples: 3\n"
+    )
     outcome = cli("run", file, tiny_folder)
     assert outcome.code == 2
     assert all(key in outcome.err for key in ("ignore_layer'", "bitz", "datset"))
@@ -442,7 +468,9 @@ def test_several_mistakes_are_told_at_once(cli, tiny_folder, tmp_path):
 def test_the_same_from_a_shell(name, tiny_folder, tmp_path):
     build, fragments = CASES[name]
     words = [str(word) for word in build(tmp_path, tiny_folder)]
-    done = subprocess.run([sys.executable, "-m", "angelslim", "run", *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "angelslim", "run", *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert all(fragment.lower() in error_line(done.stderr).lower() for fragment in fragments)
@@ -479,6 +507,8 @@ def test_other_commands_too(words, fragments, cli, tiny_folder):
     assert all(fragment in error_line(outcome.err) for fragment in fragments), outcome.err
 
 
-@pytest.mark.parametrize("words", [["run"], ["runn"], ["run", "--ouut", "x"], ["plan", "a", "b", "--seed", "one"]])
+@pytest.mark.parametrize(
+    "words", [["run"], ["runn"], ["run", "--ouut", "x"], ["plan", "a", "b", "--seed", "one"]]
+)
 def test_misuse_of_the_command_line_itself_exits_with_2(words, cli):
     assert cli(*words).code == 2

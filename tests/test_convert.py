@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import copy_model, job_for
 
 from angelslim import load, pipeline
 from angelslim.base.errors import ConfigError, ModelError, SchemeError, UserError
 from angelslim.convert import check, convert
+from families import save_random
+from tiny import copy_model, job_for
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +29,21 @@ def same_weights(left, right) -> bool:
 
 def test_there_and_back_again(blocks, tmp_path):
     convert(blocks, "compressed-tensors", tmp_path / "ct")
-    assert json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert (
+        json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "compressed-tensors"
+    )
     assert same_weights(blocks, tmp_path / "ct")
     convert(tmp_path / "ct", "fp8_block", tmp_path / "back")
-    original, back = load_file(blocks / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    original, back = (
+        load_file(blocks / "model.safetensors"),
+        load_file(tmp_path / "back" / "model.safetensors"),
+    )
     assert original.keys() == back.keys()
-    assert all(torch.equal(original[n].view(-1).view(torch.uint8), back[n].view(-1).view(torch.uint8)) for n in original)
+    assert all(
+        torch.equal(original[n].view(-1).view(torch.uint8), back[n].view(-1).view(torch.uint8))
+        for n in original
+    )
     first, second = (json.loads((f / "config.json").read_text()) for f in (blocks, tmp_path / "back"))
     assert first == second
     assert (tmp_path / "ct" / "tokenizer.json").exists()
@@ -41,14 +51,17 @@ def test_there_and_back_again(blocks, tmp_path):
 
 
 def test_biases_and_sharded_folders(tmp_path):
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).parent / "models"))
-    from families import save_random
 
     save_random("qwen2", tmp_path / "model")  # q, k and v have biases
-    pipeline.run(job_for(tmp_path / "model", "int4_rtn_asym", "compression.quantization.quant_method.group_size=32", "global.max_shard_size=20KB"), tmp_path / "out")
+    pipeline.run(
+        job_for(
+            tmp_path / "model",
+            "int4_rtn_asym",
+            "compression.quantization.quant_method.group_size=32",
+            "global.max_shard_size=20KB",
+        ),
+        tmp_path / "out",
+    )
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     convert(tmp_path / "out", "compressed_tensors", tmp_path / "again")
     assert same_weights(tmp_path / "out", tmp_path / "again")

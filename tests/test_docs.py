@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +67,21 @@ def fences(page: Path) -> list[Fence]:
 def commands(code: str) -> list[str]:
     """The lines of a shell block without comments and blank lines, continuations joined."""
     joined = code.replace("\\\n", " ")
-    return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [
+        line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")
+    ]
 
 
 def environment() -> dict[str, str]:
     """No network, one thread, this installation first, and a terminal of fixed width."""
     here = str(Path(sys.executable).parent)
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
+    }
     return {**os.environ, **settings, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -98,22 +107,40 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_runs(page: Path, tmp_path: Path) -> None:
+def trouble(page: Path, folder: Path) -> str:
+    """Run a page in `folder`; return what went wrong first, or an empty string."""
     said: list[str] | None = None
     for fence in fences(page):
         where = f"{page.name}:{fence.line}"
+        shown, said = said, None
         if fence.language in RUNS and not fence.no_run:
-            done = execute(fence, tmp_path)
-            assert done.returncode == 0, f"{where} ended with {done.returncode}:\n{done.stdout}"
+            done = execute(fence, folder)
+            if done.returncode:
+                return f"{where} ended with {done.returncode}:\n{done.stdout}"
             said = [squeezed(line) for line in done.stdout.splitlines()]
-        elif fence.language == "text" and said is not None:
-            shown = [squeezed(line) for line in fence.code.splitlines() if line.strip() not in ("", "...")]
-            missing = [line for line in shown if not any(line in spoken for spoken in said)]
-            assert missing == [], f"{where} shows what was not said:\n" + "\n".join(said)
-            said = None
-        else:
-            said = None
+        elif fence.language == "text" and shown is not None:
+            lines = [squeezed(line) for line in fence.code.splitlines() if line.strip() not in ("", "...")]
+            missing = [line for line in lines if not any(line in spoken for spoken in shown)]
+            if missing:
+                return f"{where} shows {missing}, which is not in:\n" + "\n".join(shown)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def troubles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
+    """The outcome of every selected page; two pages run at a time, each on one thread."""
+    calls = [
+        getattr(item, "callspec", None) for item in request.session.items if "troubles" in item.fixturenames
+    ]
+    pages = [call.params["page"] for call in calls if call]
+    folders = [tmp_path_factory.mktemp(page.stem) for page in pages]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(pages, pool.map(trouble, pages, folders), strict=True))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs(page: Path, troubles: dict[Path, str]) -> None:
+    assert not troubles[page], troubles[page]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -140,7 +167,9 @@ def test_commands_in_the_prose_exist(page: Path) -> None:
 
 def test_every_command_has_an_executed_example() -> None:
     page = ROOT / "docs" / "commands.md"
-    run = " ".join(line for fence in fences(page) if fence.language == "bash" for line in commands(fence.code))
+    run = " ".join(
+        line for fence in fences(page) if fence.language == "bash" for line in commands(fence.code)
+    )
     assert {name for name in COMMANDS if f"angelslim {name} " not in f"{run} "} == set()
 
 
@@ -154,7 +183,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_site_builds(tmp_path: Path) -> None:
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            str(tmp_path / "site"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -165,3 +203,16 @@ def test_site_builds(tmp_path: Path) -> None:
     outside = re.findall(r"(?:src|href)=[\"']?(https?://[^\"'> ]+\.(?:js|css|woff2?))", html)
     outside += re.findall(r"https?://fonts\.[^\"'> ]+", html)
     assert outside == [], "the site must not need the network"
+
+
+def test_a_wrong_page_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for body, complaint in (
+        ("```bash\nfalse\n```\n", "ended with 1"),
+        ("```python\nraise SystemExit(3)\n```\n", "ended with 3"),
+        ("```bash\necho one\n```\n\n```text\ntwo\n```\n", "shows ['two']"),
+    ):
+        page.write_text(body)
+        assert complaint in trouble(page, tmp_path)
+    page.write_text("```bash\necho  one   two\n```\n\n```text\none two\n```\n")
+    assert trouble(page, tmp_path) == ""

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import CALIBRATED, edit_json, fingerprints, job_for, save_qwen3
 
 from angelslim import pipeline
+from angelslim.base import console
 from angelslim.base.errors import ModelError, ResourceError, UserError
 from angelslim.models.activations import ActivationStore
 from angelslim.models.checkpoint import UnitWriter, write_atomically
 from angelslim.report.record import RunRecord
+from families import save_random
+from tiny import CALIBRATED, edit_json, fingerprints, job_for, qwen3, save_qwen3
 
 SPILLING = (*CALIBRATED, "global.activation_budget=20KB")
 
@@ -76,7 +78,9 @@ def slow_blocks(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
 
 
-def test_kill_9_at_two_points_gives_the_same_bytes(deep_folder, texts, whole, tmp_path, slow_blocks, monkeypatch):
+def test_kill_9_at_two_points_gives_the_same_bytes(
+    deep_folder, texts, whole, tmp_path, slow_blocks, monkeypatch
+):
     out = tmp_path / "out"
     words = command(deep_folder, texts, out)
     first = killed_run(words, out, 2)
@@ -111,7 +115,9 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_death_between_any_two_steps_gives_the_same_bytes(point, deep_folder, texts, whole, tmp_path, monkeypatch):
+def test_death_between_any_two_steps_gives_the_same_bytes(
+    point, deep_folder, texts, whole, tmp_path, monkeypatch
+):
     owner, attribute, when, after = POINTS[point]
     original, calls = getattr(owner, attribute), []
 
@@ -149,15 +155,14 @@ def _noting(written: list[str], write):
 def test_dying_again_right_after_a_restart_loses_nothing(deep_folder, texts, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for deaths in (3, 0, 0):
-        writes = []
+        writes: list[str] = []
 
-        def dying(self, unit, tensors, deaths=deaths, writes=writes):
+        def dying(self, unit, tensors, deaths=deaths, writes=writes, original=UnitWriter.write):
             if len(writes) == deaths:
                 raise Killed
             writes.append(unit)
             original(self, unit, tensors)
 
-        original = UnitWriter.write
         with monkeypatch.context() as patch:
             patch.setattr(UnitWriter, "write", dying)
             with pytest.raises(Killed):
@@ -165,6 +170,16 @@ def test_dying_again_right_after_a_restart_loses_nothing(deep_folder, texts, who
     assert (out.with_name("out.partial") / "next_block").read_text() == "3"
     pipeline.run(static_job(deep_folder, texts), out)
     assert fingerprints(out) == fingerprints(whole)
+
+
+def test_dying_while_finished_blocks_are_passed_over_loses_nothing(deep_folder, texts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for owner, attribute in ((pipeline, "_assemble"), (console.Bar, "advance")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, _raising)
+            with pytest.raises(Killed):
+                pipeline.run(static_job(deep_folder, texts), out)
+    assert (out.with_name("out.partial") / "next_block").read_text() == "6"
 
 
 def test_lost_activations_only_cost_time(deep_folder, texts, whole, tmp_path, monkeypatch):
@@ -226,7 +241,10 @@ def test_fused_layers_share_their_scales(whole):
     tensors = load_file(whole / "model.safetensors")
     for block in range(6):
         prefix = f"model.layers.{block}."
-        for members in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for members in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("mlp.gate_proj", "mlp.up_proj"),
+        ):
             for leaf in ("weight_scale", "input_scale"):
                 assert len({tensors[f"{prefix}{name}.{leaf}"].item() for name in members}) == 1
     scales = {tensors[f"model.layers.{b}.mlp.down_proj.input_scale"].item() for b in range(6)}
@@ -242,7 +260,9 @@ def test_static_scales_are_the_largest_inputs_of_the_whole_model(whole, deep_fol
     model = AutoModelForCausalLM.from_pretrained(deep_folder)
     name = "model.layers.4.mlp.down_proj"
     seen: list[float] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda _module, args: seen.append(args[0].abs().max().item()))
+    model.get_submodule(name).register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].abs().max().item())
+    )
     batches = calibration_batches(pipeline.tokenizer_of(deep_folder), texts, samples=6, max_length=32, seed=0)
     with torch.no_grad():
         for batch in batches:
@@ -270,7 +290,7 @@ def test_another_result_is_never_replaced_unasked(tiny_folder, tmp_path):
     out = tmp_path / "out"
     pipeline.run(job_for(tiny_folder, "fp8_dynamic"), out)
     before = fingerprints(out)
-    with pytest.raises(UserError, match="already exists.*--overwrite"):
+    with pytest.raises(UserError, match=r"already exists.*--overwrite"):
         pipeline.run(job_for(tiny_folder, "int8_dynamic"), out)
     assert fingerprints(out) == before
     pipeline.run(job_for(tiny_folder, "int8_dynamic"), out, overwrite=True)
@@ -307,7 +327,10 @@ def test_the_model_is_never_replaced_by_its_result(tmp_path):
 def test_an_error_that_has_to_be_mended_leaves_nothing_behind(tiny_folder, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}')
     with pytest.raises(UserError, match="No usable record"):
-        pipeline.run(job_for(tiny_folder, "fp8_static", f"dataset.data_path={tmp_path / 'empty.jsonl'}"), tmp_path / "out")
+        pipeline.run(
+            job_for(tiny_folder, "fp8_static", f"dataset.data_path={tmp_path / 'empty.jsonl'}"),
+            tmp_path / "out",
+        )
     assert not list(tmp_path.glob("out*"))
 
 
@@ -392,18 +415,24 @@ def test_shards_and_copied_files(tiny_folder, tmp_path):
 
 
 def test_what_is_not_quantized_is_copied_byte_for_byte(tiny_folder, tmp_path):
-    pipeline.run(job_for(tiny_folder, "int4_rtn", "compression.quantization.ignore_layers=[down_proj]"), tmp_path / "out")
-    before, after = load_file(tiny_folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    pipeline.run(
+        job_for(tiny_folder, "int4_rtn", "compression.quantization.ignore_layers=[down_proj]"),
+        tmp_path / "out",
+    )
+    before, after = (
+        load_file(tiny_folder / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     same = [name for name in before if name in after and before[name].dtype == after[name].dtype]
-    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"} <= set(same)
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"} <= set(
+        same
+    )
     assert all(torch.equal(before[name], after[name]) for name in same)
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.0.mlp.down_proj" in ignored and "lm_head" in ignored
 
 
 def test_routers_are_kept_from_engines_that_build_them_as_linears(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent / "models"))
-    from families import save_random
 
     save_random("qwen3_moe", tmp_path / "model")
     pipeline.run(job_for(tmp_path / "model", "fp8_dynamic"), tmp_path / "out")
@@ -418,6 +447,37 @@ def test_a_tokenizer_of_another_model_is_noticed(tiny_folder, texts, tmp_path):
         pipeline.run(static_job(tmp_path / "model", texts), tmp_path / "out")
 
 
+def test_a_failed_measurement_keeps_the_work(tiny_folder, tmp_path, monkeypatch):
+    text = ("evaluation.enabled=true", f"evaluation.perplexity={_text(tmp_path)}")
+
+    def fails(*_args):
+        raise ModelError("Cannot be measured.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", fails)
+        with pytest.raises(ModelError, match="Cannot be measured"):
+            pipeline.run(job_for(tiny_folder, "fp8_dynamic", *text), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    pipeline.run(
+        job_for(tiny_folder, "fp8_dynamic"), tmp_path / "out"
+    )  # measurements are no part of the result
+
+
+def test_a_model_without_a_tokenizer_is_compressed_and_not_measured(tmp_path):
+    qwen3().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    record = pipeline.run(
+        job_for(tmp_path / "model", "fp8_dynamic", "evaluation.enabled=true"), tmp_path / "out"
+    )
+    assert record.before == record.after == []
+
+
+def test_the_current_folder_can_be_the_output(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pipeline.run(job_for(tiny_folder, "fp8_dynamic"), Path())
+    assert (tmp_path / "here" / "config.json").exists()
+
+
 def test_missing_tokenizer(tmp_path):
     with pytest.raises(ModelError, match="no usable tokenizer"):
         pipeline.tokenizer_of(tmp_path)
@@ -425,7 +485,12 @@ def test_missing_tokenizer(tmp_path):
 
 def test_evaluation_before_and_after(tmp_path):
     record = pipeline.run(
-        job_for(save_qwen3(tmp_path / "model"), "fp8_dynamic", "evaluation.enabled=true", f"evaluation.perplexity={_text(tmp_path)}"),
+        job_for(
+            save_qwen3(tmp_path / "model"),
+            "fp8_dynamic",
+            "evaluation.enabled=true",
+            f"evaluation.perplexity={_text(tmp_path)}",
+        ),
         tmp_path / "out",
     )
     before, after = ({score.metric: score.value for score in side} for side in (record.before, record.after))

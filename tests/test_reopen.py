@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import job_for, save_qwen3
 
 from angelslim import load, pipeline
 from angelslim.base.errors import ModelError
 from angelslim.models.checkpoint import Checkpoint
 from angelslim.numerics.quantize import fake_quantize
 from angelslim.numerics.scheme import PRESETS
-
-sys.path.insert(0, str(Path(__file__).parent / "models"))
-from families import save_random  # noqa: E402
+from families import save_random
+from tiny import job_for, save_qwen3
 
 GROUP = "compression.quantization.quant_method.group_size"
 SCHEME = "compression.quantization.scheme"
@@ -136,13 +133,24 @@ def test_generation_settings_travel(compressed):
     assert not model.training
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "hunyuan_v1_moe", "llava", "phi3"])
-def test_other_families_open_in_transformers_too(family, tmp_path):
+@pytest.mark.parametrize("family", ["llava", "phi3"])
+def test_other_dense_families_open_in_transformers_too(family, tmp_path):
     save_random(family, tmp_path / "model")
     pipeline.run(job_for(tmp_path / "model", "int8_dynamic"), tmp_path / "out")
     ours = load(tmp_path / "out")
-    theirs = type(ours).from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(type(ours).from_pretrained(tmp_path / "out").eval()), logits(ours))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "hunyuan_v1_moe", "deepseek_v3"])
+def test_fp8_experts_open_in_transformers_too(family, tmp_path):
+    """Experts stored as integers do not: transformers 5.23 finds none of them when it stacks."""
+    from transformers import CompressedTensorsConfig
+
+    save_random(family, tmp_path / "model")
+    pipeline.run(job_for(tmp_path / "model", "fp8_dynamic"), tmp_path / "out")
+    ours = load(tmp_path / "out")
+    options = CompressedTensorsConfig(dequantize=True)
+    assert_same_weights(type(ours).from_pretrained(tmp_path / "out", quantization_config=options), ours)
 
 
 def test_experts_are_decoded_into_their_stack(tmp_path):
@@ -169,6 +177,8 @@ def test_a_foreign_format_is_refused(tmp_path, float_folder):
     from tiny import copy_model, edit_json
 
     folder = copy_model(float_folder, tmp_path / "model")
-    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit_json(
+        folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
     with pytest.raises(ModelError, match="'bitsandbytes', which cannot be read here"):
         load(folder)

@@ -38,20 +38,20 @@ def qwen3(blocks: int = 2, seed: int = 0, **changes: Any) -> Any:
     """A random Qwen3 of `WIDTH` channels."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    settings: dict[str, Any] = dict(
-        vocab_size=272,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
 
@@ -86,9 +86,7 @@ class Outcome:
     err: str
 
 
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
-) -> Outcome:
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> Outcome:
     """Run ``angelslim words...`` in this process, through the same `main` as the installed command."""
     from angelslim import cli
     from angelslim.base import console

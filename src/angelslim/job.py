@@ -21,10 +21,11 @@ import torch
 
 from . import __version__
 from .base.console import chose, log
-from .base.errors import ConfigError, ResourceError, SchemeError
+from .base.errors import ConfigError, DataError, ResourceError, SchemeError
 from .config.recipe import Resolved
 from .config.schema import Config
 from .config.upstream import Stage, stages
+from .data import builtin
 from .export.base import Exporter, choose
 from .methods.base import PTQ, Blockwise
 from .models.loading import Source, open_model
@@ -36,7 +37,8 @@ from .numerics.scheme import Scheme
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
-READ_HERE = frozenset({"quant_vit", "quantize_embeddings", "save_name"})  # switches that choose layers and formats, not algorithms
+# Switches that choose layers and formats, not algorithms.
+READ_HERE = frozenset({"quant_vit", "quantize_embeddings", "save_name"})
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 
@@ -114,6 +116,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     _report_unused(resolved, stage, method)
     quantization = config.compression[0].quantization
     assert quantization is not None
+    _check_inputs(config, method.needs_data(stage.scheme))
     source = open_model(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
     _check_dtype(config, source)
@@ -126,12 +129,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     selection = select(source, stage.scheme, choice)
     if not selection.layers:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
-    static = [layer.name for layer in selection.in_block(None) if layer.scheme.needs_data]
-    if static:
-        raise SchemeError(
-            f"{static[0]!r} lies outside the blocks and cannot get a static activation scale.",
-            fix="Leave the head in full precision, or use a dynamic scheme.",
-        )
+    _check_static(selection)
     schemes = {layer.scheme for layer in selection.layers}
     format_name, exporter = choose(schemes, quantization.format)
     device = _device(config.global_.device)
@@ -150,7 +148,8 @@ def _only_stage(found: Sequence[Stage]) -> Stage:
             )
         if stage.scheme.kv is not None:
             raise ConfigError(
-                "Understood, but not built yet: quantization of the KV cache.", fix="Remove quant_method.kv_cache."
+                "Understood, but not built yet: quantization of the KV cache.",
+                fix="Remove quant_method.kv_cache.",
             )
     if len(found) != 1:
         what = (
@@ -160,6 +159,41 @@ def _only_stage(found: Sequence[Stage]) -> Stage:
         )
         raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
     return found[0]
+
+
+def _check_inputs(config: Config, calibrates: bool) -> None:
+    """Refuse data and measurements that would fail only after hours of work."""
+    if calibrates and config.dataset.name != "TextDataset":
+        raise ConfigError(
+            f"Understood, but not built yet: calibration with dataset.name {config.dataset.name!r}.",
+            fix="Use TextDataset, which calibrates the language model on text.",
+        )
+    settings = config.evaluation
+    if settings.enabled:
+        for task in settings.tasks:
+            builtin.examples(task, "evaluation", 1)
+        if isinstance(settings.perplexity, str) and not Path(settings.perplexity).is_file():
+            raise DataError(
+                f"There is no text file {settings.perplexity!r} to measure perplexity on.",
+                fix="Check evaluation.perplexity.",
+            )
+
+
+def _check_static(selection: Selection) -> None:
+    """Refuse static activation scales where the calibration has no input to look at."""
+    static = [layer for layer in selection.layers if layer.scheme.needs_data]
+    outside = [layer.name for layer in static if layer.block is None]
+    if outside:
+        raise SchemeError(
+            f"{outside[0]!r} lies outside the blocks and cannot get a static activation scale.",
+            fix="Leave the head in full precision, or use a dynamic scheme.",
+        )
+    experts = [layer.name for layer in static if layer.module is None]
+    if experts:
+        raise SchemeError(
+            f"Static activation scales for fused experts are not built yet ({experts[0]} and {len(experts) - 1} more).",
+            fix="Use a scheme with dynamic activations, or add 'experts' to ignore_layers.",
+        )
 
 
 def _report_unused(resolved: Resolved, stage: Stage, method: Blockwise) -> None:
@@ -247,8 +281,7 @@ def estimate(job: Job) -> Plan:
     """Predict the job's cost from shapes and a measurement of this machine of about half a second."""
     tensors = job.source.checkpoint.tensors
     weights = {layer.tensor: layer for layer in job.selection.layers}
-    stored = sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in weights.values())
-    kept = sum(info.nbytes for name, info in tensors.items() if name not in weights)
+    stored, kept = _written_bytes(job)
     count = sum(layer.shape[0] * layer.shape[1] for layer in weights.values())
     tokens = job.config.dataset.num_samples * job.config.dataset.max_seq_length if job.calibrates else 0
     return Plan(
@@ -332,7 +365,7 @@ def check_disk(job: Job, out: Path) -> None:
     """Refuse a run that would fill the disk."""
     folder = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     free = shutil.disk_usage(folder).free
-    needed = estimate_output(job) + 64 * 2**20
+    needed = disk_needed(job, sum(_written_bytes(job))) + 64 * 2**20
     if needed > free:
         raise ResourceError(
             f"The run needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
@@ -340,13 +373,12 @@ def check_disk(job: Job, out: Path) -> None:
         )
 
 
-def estimate_output(job: Job) -> int:
-    """Bytes that the run needs on disk."""
+def _written_bytes(job: Job) -> tuple[int, int]:
+    """Bytes of the output's quantized layers, and of what is carried over."""
     tensors = job.source.checkpoint.tensors
     weights = {layer.tensor: layer for layer in job.selection.layers}
     stored = sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in weights.values())
-    kept = sum(info.nbytes for name, info in tensors.items() if name not in weights)
-    return disk_needed(job, stored + kept)
+    return stored, sum(info.nbytes for name, info in tensors.items() if name not in weights)
 
 
 def _seconds(job: Job, weights: int, tokens: int) -> float:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 
 from .base.console import bar, chose, log
 from .base.errors import DataError, ModelError, ResourceError, UserError
+from .base.memory import peak_resident, return_large_blocks
 from .config.files import write_yaml
 from .data import builtin
 from .data.text import calibration_batches
@@ -103,6 +103,8 @@ def run(
     `before` are scores of the original that a caller already has; without them the original is measured too.
     """
     started = time.perf_counter()
+    return_large_blocks()
+    out = out.resolve()  # a name is needed to put OUT.partial beside it, also for "."
     fingerprint = job.fingerprint()
     finished = _finished(job, out, fingerprint, overwrite)
     if finished is not None:
@@ -116,16 +118,16 @@ def run(
             log.info("Continuing the unfinished run in %s", workplace.root)
         try:
             layers = _compress(job, workplace)
-            _assemble(job, workplace)
-            record = _record(job, layers, workplace, command, fingerprint)
-            _measure(job, workplace, record, before)
-            record.seconds = round(time.perf_counter() - started, 3)
-            record.peak_memory_bytes = _peak_memory()
-            _describe(job, workplace, record)
         except UserError:
             if not resumed:  # what has to be mended makes it another run, which could not continue this one
                 shutil.rmtree(workplace.root)
             raise
+        _assemble(job, workplace)
+        record = _record(job, layers, workplace, command, fingerprint)
+        _measure(job, workplace, record, before)
+        record.seconds = round(time.perf_counter() - started, 3)
+        record.peak_memory_bytes = peak_resident()
+        _describe(job, workplace, record)
         if out.exists():
             shutil.rmtree(out)
         workplace.result.rename(out)
@@ -147,7 +149,7 @@ def _writing_to(folder: Path) -> Iterator[None]:
 
 def _finished(job: Job, out: Path, fingerprint: str, overwrite: bool) -> RunRecord | None:
     """Return the record of this very result when `out` holds it; refuse to replace anything else unasked."""
-    if job.source.folder.resolve().is_relative_to(out.resolve()):
+    if job.source.folder.resolve().is_relative_to(out):
         raise UserError(f"{out} is, or holds, the model itself.", fix="Choose another --out.")
     if not out.exists() or (out.is_dir() and (overwrite or not any(out.iterdir()))):
         return None
@@ -279,6 +281,9 @@ def _measure(job: Job, workplace: Workplace, record: RunRecord, before: Sequence
             f"{record.parameters / 1e9:.1f} B parameters on a CPU; use `angelslim eval` later",
         )
         return
+    if not has_tokenizer(job.source.folder):
+        chose("no evaluation", "the model folder holds no tokenizer")
+        return
     record.before = list(before) if before is not None else measure(job, job.source.folder)
     record.after = measure(job, workplace.result)
 
@@ -297,13 +302,17 @@ def measure(job: Job, folder: Path) -> list[Score]:
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a model folder holds the files of a tokenizer."""
+    return any(file for pattern in TOKENIZERS for file in folder.glob(pattern))
+
+
 def tokenizer_of(folder: Path) -> Any:
     """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
     from transformers import AutoTokenizer
 
     fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
-    if not any(file for pattern in TOKENIZERS for file in folder.glob(pattern)):
-        # transformers would make an empty one up for some families
+    if not has_tokenizer(folder):  # transformers would make an empty one up for some families
         raise ModelError(f"{folder} has no usable tokenizer (no file of one).", fix=fix)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -356,13 +365,6 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _peak_memory() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _describe(job: Job, workplace: Workplace, record: RunRecord) -> None:

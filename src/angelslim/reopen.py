@@ -19,7 +19,7 @@ from .base.errors import ModelError
 from .export.base import FORMATS, Exporter, Restored
 from .models.checkpoint import Checkpoint, TensorInfo, read_tensor
 from .models.loading import load_config, open_with, resolve, torch_dtype
-from .numerics.quantize import fake_quantize
+from .numerics.quantize import fake_quantize, tile_of
 from .numerics.scheme import Quant, Scheme
 
 
@@ -45,19 +45,38 @@ class QuantizedCheckpoint(Checkpoint):
             self.tensors[f"{name}.weight"] = self._info(name)
 
     def _info(self, name: str) -> TensorInfo:
-        codes = self.stored.get(f"{name}.weight")
-        if codes is None:
-            shape = self.stored[f"{name}.weight_shape"]
-            sizes = tuple(int(size) for size in read_tensor(shape))
-            return TensorInfo(f"{name}.weight", self.dtype, sizes, shape.file, 0, 0)
-        return TensorInfo(codes.name, self.dtype, codes.shape, codes.file, 0, 0)
+        codes, shape = self.stored.get(f"{name}.weight"), self.stored.get(f"{name}.weight_shape")
+        if codes is not None:
+            return TensorInfo(codes.name, self.dtype, codes.shape, codes.file, 0, 0)
+        if shape is None:
+            raise ModelError(
+                f"{self.folder}: layer {name!r} has a scale and no weight.", fix="Copy the folder again."
+            )
+        sizes = tuple(int(size) for size in read_tensor(shape))
+        return TensorInfo(f"{name}.weight", self.dtype, sizes, shape.file, 0, 0)
 
     def restore(self, name: str) -> Restored:
-        """Decode one quantized layer to its codes and scales."""
+        """Decode one quantized layer to its codes and scales; parts that do not fit are a `ModelError`."""
         tensors = {tensor: read_tensor(self.stored[tensor]) for tensor in self.parts[name]}
-        restored = self.exporter.restore(name, tensors, self.schemes[name])
+        try:
+            restored = self.exporter.restore(name, tensors, self.schemes[name])
+        except (KeyError, RuntimeError) as error:
+            raise self._misfit(name) from error
         assert restored is not None, name
+        weight = restored.weight
+        rows, columns = tile_of(weight.quant.granularity, (weight.codes.shape[0], weight.codes.shape[1]))
+        if weight.scale.shape != (-(-weight.codes.shape[0] // rows), -(-weight.codes.shape[1] // columns)):
+            raise self._misfit(name)
         return restored
+
+    def _misfit(self, name: str) -> ModelError:
+        parts = ", ".join(
+            f"{part.rpartition('.')[2]} {list(self.stored[part].shape)}" for part in self.parts[name]
+        )
+        return ModelError(
+            f"{self.folder}: the parts of layer {name!r} do not fit together ({parts}).",
+            fix="Copy the folder again, or compress the model again.",
+        )
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; a quantized weight is dequantized to the model's type."""

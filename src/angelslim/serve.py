@@ -72,6 +72,10 @@ def _choose(engine: str, gguf: bool) -> tuple[str, str]:
         return "vllm", "it reads every checkpoint format written here"
     if engine not in ENGINES:
         raise ConfigError(f"Unknown engine {engine!r}.", fix=did_you_mean(engine, ENGINES))
+    if gguf and engine != "llama.cpp":
+        raise ModelError(
+            f"{engine} serves model folders, and this is a GGUF file.", fix="Use --engine llama.cpp."
+        )
     if engine == "llama.cpp" and not gguf:
         raise ModelError(
             "llama.cpp reads GGUF files, and the folder holds none.", fix="Use --engine vllm or sglang."

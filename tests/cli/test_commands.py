@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import fingerprints
 
 from angelslim.models.checkpoint import Checkpoint
+from tiny import fingerprints
 
 PLAIN = ("evaluation.enabled=false",)
 
@@ -98,7 +98,10 @@ def test_validate_reports_each_file(cli, tmp_path):
 
 def test_ls_names_everything_that_can_be_named(cli):
     text = cli("ls").out
-    assert all(name in text for name in ("fp8_static", "int4_rtn_asym", "rtn", "compressed_tensors", "tiny-lm", "addition"))
+    assert all(
+        name in text
+        for name in ("fp8_static", "int4_rtn_asym", "rtn", "compressed_tensors", "tiny-lm", "addition")
+    )
 
 
 def test_cp_into_a_folder_keeps_the_name(cli, tmp_path):

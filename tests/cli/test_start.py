@@ -9,7 +9,20 @@ import pytest
 
 HEAVY = ("torch", "transformers", "safetensors", "matplotlib", "accelerate", "compressed_tensors")
 LIGHT = "import sys; {code}; print(','.join(m for m in {heavy!r} if m in sys.modules))"
-COMMANDS = ("run", "plan", "quickstart", "inspect", "validate", "ls", "cp", "env", "eval", "export", "serve", "lab")
+COMMANDS = (
+    "run",
+    "plan",
+    "quickstart",
+    "inspect",
+    "validate",
+    "ls",
+    "cp",
+    "env",
+    "eval",
+    "export",
+    "serve",
+    "lab",
+)
 
 
 def loaded(code: str) -> str:

@@ -42,7 +42,9 @@ SCHEMES |= {
     "int8 asymmetric": Scheme(Quant(INT8, PER_CHANNEL, symmetric=False), TOKENS["int8"]),
     "int8 tensor asymmetric": Scheme(Quant(INT8, PER_TENSOR, symmetric=False), TOKENS["int8"]),
     "int8 groups": Scheme(Quant(INT8, per_group(64))),
-    "int8 asymmetric inputs": Scheme(Quant(INT8, PER_CHANNEL), Quant(INT8, PER_TOKEN, symmetric=False, dynamic=True)),
+    "int8 asymmetric inputs": Scheme(
+        Quant(INT8, PER_CHANNEL), Quant(INT8, PER_TOKEN, symmetric=False, dynamic=True)
+    ),
     "fp8 blocks 64x32": Scheme(Quant(FP8, per_block(64, 32)), Quant(FP8, per_group(32), dynamic=True)),
 }
 EVERY = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -93,7 +95,9 @@ def test_their_compressor_writes_the_tensors_that_we_write(scheme):
     for key, tensor in ours.items():
         theirs = written[key]
         assert (tensor.shape, tensor.dtype) == (theirs.shape, theirs.dtype), key
-        assert torch.equal(tensor.view(-1).view(torch.uint8), theirs.contiguous().view(-1).view(torch.uint8)), key
+        assert torch.equal(
+            tensor.view(-1).view(torch.uint8), theirs.contiguous().view(-1).view(torch.uint8)
+        ), key
 
 
 @EVERY
@@ -152,10 +156,12 @@ def test_choosing_a_format():
     assert choose([PRESETS["int4"]])[0] == "compressed_tensors"
     assert choose([PRESETS["fp8_block"]], "fp8_block")[0] == "fp8_block"
     assert choose([PRESETS["fp8_block"]], "fp8-block")[0] == "fp8_block"
-    with pytest.raises(SchemeError, match="'fp8_block' cannot hold W int4 per-group 128: weights must be FP8"):
+    with pytest.raises(
+        SchemeError, match="'fp8_block' cannot hold W int4 per-group 128: weights must be FP8"
+    ):
         choose([PRESETS["int4"]], "fp8_block")
     with pytest.raises(SchemeError, match="No checkpoint format holds"):
         choose([Scheme(Quant(FP8, PER_TENSOR, symmetric=False))])
-    with pytest.raises(ConfigError, match="Unknown format 'fp8_blok'. Did you mean 'fp8_block'"):
+    with pytest.raises(ConfigError, match=r"Unknown format 'fp8_blok'. Did you mean 'fp8_block'"):
         choose([PRESETS["fp8_block"]], "fp8_blok")
     assert set(FORMATS) >= {"compressed_tensors", "fp8_block"}

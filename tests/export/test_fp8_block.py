@@ -21,7 +21,10 @@ def test_tensors_follow_the_published_layout():
         tile = (slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128))
         decoded = codes[tile].float() * scales[row, column]
         assert scales[row, column] == weight[tile].float().abs().max() / 448
-        assert ((decoded - weight[tile].float()).abs() <= weight[tile].float().abs() / 16 + scales[row, column] * 2**-10).all()
+        assert (
+            (decoded - weight[tile].float()).abs()
+            <= weight[tile].float().abs() / 16 + scales[row, column] * 2**-10
+        ).all()
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 128), (32, 32)])
@@ -55,4 +58,6 @@ def test_other_schemes_are_refused_with_a_reason(name):
 def test_only_the_matching_activation_groups_fit():
     assert not FORMAT.refuses(SCHEME)
     assert "dynamic" in FORMAT.refuses(Scheme(SCHEME.weight))
-    assert "per group of 128" in FORMAT.refuses(Scheme(SCHEME.weight, Quant(FP8, per_group(64), dynamic=True)))
+    assert "per group of 128" in FORMAT.refuses(
+        Scheme(SCHEME.weight, Quant(FP8, per_group(64), dynamic=True))
+    )

@@ -93,9 +93,9 @@ def test_shapes_kinds_and_noise(curriculum: Curriculum) -> None:
 
 
 def test_the_ladder_and_the_mixture() -> None:
-    assert [pairs_at(progress) for progress in (0.0, 0.15, 0.16, 0.5, 1.0)] == [2, 2, 4, 8, 8]
+    assert [pairs_at(progress) for progress in (0.0, 0.34, 0.36, 0.5, 1.0)] == [2, 2, 4, 8, 8]
     assert all(0 < sum(shares_at(progress)) < 1 for progress in (0.0, 1.0))
-    assert text_share() == pytest.approx(0.2 * 0.1 + 0.8 * 0.2)
+    assert text_share() == pytest.approx(0.45 * 0.1 + 0.55 * 0.12)
 
 
 def test_the_loss_counts_weights_and_shifts_targets() -> None:

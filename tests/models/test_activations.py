@@ -32,8 +32,9 @@ def test_memory_stays_within_the_budget(tmp_path):
     assert (1, 0) in store._memory  # dropped memory can be used again
 
 
-def test_a_committed_generation_survives_the_process(tmp_path):
-    store = ActivationStore(tmp_path, 300)
+@pytest.mark.parametrize("budget", [0, 300, 10**9])
+def test_a_committed_generation_survives_the_process(tmp_path, budget):
+    store = ActivationStore(tmp_path, budget)
     for sample in range(4):
         store.put(2, sample, hidden(sample, 2))
     store.commit(2)

@@ -66,7 +66,11 @@ def test_reads_every_dtype_as_the_library_does(tmp_path):
 
 def test_reads_shards_through_the_index(tmp_path):
     checkpoint = Checkpoint(sharded(tmp_path / "model"))
-    assert {name: checkpoint.read(name).sum().item() for name in checkpoint.tensors} == {"a": 6, "b": 0, "c": 14}
+    assert {name: checkpoint.read(name).sum().item() for name in checkpoint.tensors} == {
+        "a": 6,
+        "b": 0,
+        "c": 14,
+    }
 
 
 def test_read_tensors_are_the_readers_own_memory(tmp_path):
@@ -135,7 +139,9 @@ def test_an_index_that_lists_absent_tensors_is_refused(tmp_path):
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "model.bin"])
+@pytest.mark.parametrize(
+    "shard", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "model.bin"]
+)
 def test_an_index_cannot_reach_outside_its_folder(tmp_path, shard):
     save_file({"secret": torch.ones(1)}, tmp_path / "secret.safetensors")
     folder = sharded(tmp_path / "model")
@@ -148,7 +154,7 @@ def test_an_index_cannot_reach_outside_its_folder(tmp_path, shard):
 def test_a_damaged_index_is_refused(tmp_path, text):
     folder = sharded(tmp_path / "model")
     (folder / INDEX).write_text(text, "latin-1")
-    with pytest.raises(ModelError, match="index.json is damaged"):
+    with pytest.raises(ModelError, match=r"index.json is damaged"):
         Checkpoint(folder)
 
 
@@ -205,7 +211,9 @@ def test_shards_respect_the_limit_and_the_index_is_right(tmp_path):
     index = json.loads((target / INDEX).read_text())
     assert index["metadata"]["total_size"] == 22010
     shards = sorted(target.glob("*.safetensors"))
-    assert [file.name for file in shards] == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert [file.name for file in shards] == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     for file in shards:
         tensors = load_file(file)
         assert file.stat().st_size <= 8000 or len(tensors) == 1  # one unit is never torn apart

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, random_model, save_random
-from tiny import copy_model, edit_json, qwen3, save_qwen3
 
 from angelslim.base.errors import ModelError
 from angelslim.models.builtin import builtin_model
 from angelslim.models.loading import load_config, meta_model, model_class, open_model, resolve
+from families import FAMILIES, random_model, save_random
+from tiny import copy_model, edit_json, qwen3, save_qwen3
 
 CPU = torch.device("cpu")
 
@@ -159,7 +159,7 @@ def test_models_without_a_generative_class_are_refused():
 def test_references(tmp_path, tiny_folder):
     assert resolve(tiny_folder) == tiny_folder
     assert resolve("tiny-lm") == builtin_model("tiny-lm")
-    with pytest.raises(ModelError, match="No model 'tiny-ml'.*Did you mean 'tiny-lm'"):
+    with pytest.raises(ModelError, match=r"No model 'tiny-ml'.*Did you mean 'tiny-lm'"):
         resolve("tiny-ml")
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve(tmp_path)
@@ -167,7 +167,7 @@ def test_references(tmp_path, tiny_folder):
         resolve(tiny_folder / "config.json")
     with pytest.raises(ModelError, match="hub could not provide"):
         resolve("nobody/no-such-model-at-all")
-    with pytest.raises(ModelError, match="No model './nothing'"):
+    with pytest.raises(ModelError, match=r"No model './nothing'"):
         resolve("./nothing")
     with pytest.raises(ModelError, match="Unknown built-in"):
         builtin_model("tiny-xl")

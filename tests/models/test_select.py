@@ -28,7 +28,11 @@ def opened(tmp_path_factory):
 
 
 def roles(selection) -> set[str]:
-    return {layer.name.split(".layers.")[-1].partition(".")[2] for layer in selection.layers if ".layers." in layer.name}
+    return {
+        layer.name.split(".layers.")[-1].partition(".")[2]
+        for layer in selection.layers
+        if ".layers." in layer.name
+    }
 
 
 def test_dense_models(opened):
@@ -41,7 +45,10 @@ def test_dense_models(opened):
         "head (ask with quantize_lm_head: true)",
     }
     layer = next(x for x in selection.layers if x.name == "model.layers.1.mlp.down_proj")
-    assert (layer.tensor, layer.module) == ("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down_proj")
+    assert (layer.tensor, layer.module) == (
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj",
+    )
     assert (layer.shape, layer.block) == ((64, 96), 1)
     assert len(selection.in_block(1)) == 7 and selection.in_block(None) == ()
 
@@ -52,7 +59,11 @@ def test_the_head_when_asked(opened):
 
 
 def test_experts_one_by_one_and_never_the_router(opened):
-    for family, router in (("qwen3_moe", "mlp.gate"), ("hunyuan_v1_moe", "mlp.gate.wg"), ("deepseek_v3", "mlp.gate")):
+    for family, router in (
+        ("qwen3_moe", "mlp.gate"),
+        ("hunyuan_v1_moe", "mlp.gate.wg"),
+        ("deepseek_v3", "mlp.gate"),
+    ):
         selection = select(opened(family), FP8)
         experts = [layer for layer in selection.layers if ".experts." in layer.name]
         assert len(experts) % 12 == 0 and experts
@@ -96,7 +107,9 @@ def test_ignored_layers_say_which_entry(opened):
 
 
 def test_groups_that_do_not_fit_name_the_layers(opened):
-    with pytest.raises(SchemeError, match=r"96 is not a multiple.*64.*Layers: model\.layers\.0\.mlp\.down_proj, "):
+    with pytest.raises(
+        SchemeError, match=r"96 is not a multiple.*64.*Layers: model\.layers\.0\.mlp\.down_proj, "
+    ):
         select(opened("llama"), with_group(PRESETS["int4"], 64))
     selection = select(opened("llama"), with_group(PRESETS["int4"], 64), Choice(ignore=("down_proj",)))
     assert len(selection.layers) == 12

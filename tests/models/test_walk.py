@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from families import random_model, save_random
 
 from angelslim.base.errors import ModelError
 from angelslim.models.activations import ActivationStore
 from angelslim.models.loading import Source, open_model
 from angelslim.models.walk import BlockStream
+from families import random_model, save_random
 
 FAMILIES = (
     "qwen3", "gemma3_text", "phi3", "qwen3_moe", "deepseek_v3", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
@@ -140,5 +138,3 @@ def test_tables_are_stored_once_for_samples_of_one_length(tmp_path):
         for tensor in kwargs["position_embeddings"]
     }
     assert len(tables) == 2  # cos and sin
-
-

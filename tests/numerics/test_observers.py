@@ -54,7 +54,9 @@ def test_percentile_is_within_a_bin_of_the_exact_one(percent):
     observer = Percentile(percent)
     observer.update(values)
     magnitudes = values.abs().double()  # "lower" and "higher" are the two values next to the rank
-    low, high = (torch.quantile(magnitudes, percent / 100, interpolation=x).item() for x in ("lower", "higher"))
+    low, high = (
+        torch.quantile(magnitudes, percent / 100, interpolation=x).item() for x in ("lower", "higher")
+    )
     assert low <= observer.amax() <= high + observer.width
     assert observer.width <= 4 * values.abs().max().item() / BINS
 

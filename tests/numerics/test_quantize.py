@@ -231,7 +231,9 @@ def test_any_row_keeps_the_error_below_one_step(row, quant):
     values = torch.tensor([row])
     quantized = quantize(values, quant)
     error = (quantized.dequantize() - values).abs()
-    step = quantized.scale.item() * (1 if quant.format.kind == "int" else 16)  # 2^(8 - 3) / 2 for values near 448
+    step = quantized.scale.item() * (
+        1 if quant.format.kind == "int" else 16
+    )  # 2^(8 - 3) / 2 for values near 448
     assert error.max().item() <= step * (1 + 1e-5)
 
 
@@ -276,7 +278,9 @@ def test_static_inputs_saturate_at_the_given_scale():
 
 def test_stored_bits_count_scales_and_zero_points():
     values = torch.randn(4, 64)
-    assert quantize(values, Quant(FORMATS["int4"], per_group(32)), torch.bfloat16).bits_per_weight == 4 + 16 / 32
+    assert (
+        quantize(values, Quant(FORMATS["int4"], per_group(32)), torch.bfloat16).bits_per_weight == 4 + 16 / 32
+    )
     asymmetric = quantize(values, Quant(FORMATS["int4"], per_group(32), symmetric=False), torch.bfloat16)
     assert asymmetric.bits_per_weight == 4 + (16 + 4) / 32
     assert quantize(values, Quant(FP8, PER_CHANNEL)).bits_per_weight == 8 + 32 / 64
@@ -285,6 +289,9 @@ def test_stored_bits_count_scales_and_zero_points():
 def test_dequantize_is_codes_minus_zero_times_scale():
     quant = Quant(FORMATS["int8"], PER_CHANNEL, symmetric=False)
     decoded = dequantize(
-        torch.tensor([[3, -5]], dtype=torch.int8), torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.int8), quant
+        torch.tensor([[3, -5]], dtype=torch.int8),
+        torch.tensor([[0.5]]),
+        torch.tensor([[1]], dtype=torch.int8),
+        quant,
     )
     assert decoded.tolist() == [[1.0, -3.0]]

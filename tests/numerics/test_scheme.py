@@ -13,7 +13,9 @@ from angelslim.base.errors import SchemeError
 from angelslim.numerics.scheme import PER_CHANNEL, PRESETS, format_named, per_group, with_group
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(angelslim.numerics.__path__)])
+@pytest.mark.parametrize(
+    "name", [module.name for module in pkgutil.iter_modules(angelslim.numerics.__path__)]
+)
 def test_examples_in_docstrings(name):
     assert doctest.testmod(importlib.import_module(f"angelslim.numerics.{name}")).failed == 0
 

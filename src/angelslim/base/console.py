@@ -51,7 +51,9 @@ class Bar:
         """Move the bar one step on."""
         self._done += 1
         self._progress.update(self._task, advance=1, note=note)  # type: ignore[arg-type]
-        if not err.is_terminal and (self._done == self._total or self._done * 4 // self._total != (self._done - 1) * 4 // self._total):
+        if not err.is_terminal and (
+            self._done == self._total or self._done * 4 // self._total != (self._done - 1) * 4 // self._total
+        ):
             log.info("%s %d/%d %s", self._title, self._done, self._total, note)
 
 

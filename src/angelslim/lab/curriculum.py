@@ -19,8 +19,8 @@ from torch import Tensor
 from ..data import builtin
 from .rows import Rows
 
-WARM_UP = 0.20  # share of the run with much scaffolding
-LADDER = ((0.15, 2), (0.17, 4), (0.19, 6), (1.0, builtin.PAIRS))  # until this share of the run: pairs at most
+WARM_UP = 0.45  # share of the run with much scaffolding
+LADDER = ((0.34, 2), (0.38, 4), (0.43, 6), (1.0, builtin.PAIRS))  # until this share of the run: pairs at most
 CORRUPTION = 0.2  # share of a text row's tokens that are read wrongly, at most; half of the rows are clean
 
 
@@ -29,7 +29,7 @@ KINDS = ("addition", "recall", "copy", "lines", "text")
 
 def shares_at(progress: float) -> tuple[float, ...]:
     """Return the shares of the rows by kind at a point of the run, from 0 to 1; text gets the rest."""
-    return (0.12, 0.12, 0.06, 0.6) if progress < WARM_UP else (0.25, 0.45, 0.02, 0.08)
+    return (0.12, 0.12, 0.06, 0.6) if progress < WARM_UP else (0.28, 0.48, 0.02, 0.1)
 
 
 def text_share() -> float:

@@ -52,7 +52,7 @@ class Plan:
 def default_plan(device: str, seed: int) -> Plan:
     """Return the run for a kind of device: minutes on a large GPU, some hours on two CPU cores."""
     if device == "cuda":
-        return Plan(seed, steps=9_000, rows=128, length=512, lr=2e-3, bf16=True, compile=True)
+        return Plan(seed, steps=4_000, rows=128, length=512, lr=2e-3, bf16=True, compile=True)
     return Plan(seed, steps=6_000, rows=16, length=256, lr=1.5e-3, bf16=False, compile=False)
 
 

@@ -95,22 +95,27 @@ def tile_range(matrix: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor
     return low.float().clamp(max=0), high.float().clamp(min=0)
 
 
-def scales_from_range(low: Tensor, high: Tensor, quant: Quant) -> tuple[Tensor, Tensor | None]:
-    """Return (scale, zero) that cover [low, high]; a range of zero width gets the scale 1.
+def scales_from_range(
+    low: Tensor, high: Tensor, quant: Quant, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """Return (scale in `scale_dtype`, zero) that cover [low, high]; a range of zero width gets the scale 1.
 
-    The zero point is the integer code of the real number 0; symmetric schemes have none.
+    The zero point is the integer code of the real number 0, chosen for the scale as it will be stored;
+    symmetric schemes have none. Scales are divided in float64: GPUs multiply by a rounded reciprocal
+    otherwise, and every device shall find the same scales.
     """
     grid = quant.format
     if quant.symmetric:
         half_range = grid.high if grid.kind == "float" else (grid.high - grid.low) / 2
-        return _safe(torch.maximum(-low, high) / half_range), None
-    scale = _safe((high - low) / (grid.high - grid.low))
-    zero = (grid.low - low / scale).round().clamp(grid.low, grid.high)
+        return _safe(torch.maximum(-low, high).double() / half_range, scale_dtype), None
+    scale = _safe((high - low).double() / (grid.high - grid.low), scale_dtype)
+    zero = (grid.low - low / scale.float()).round().clamp(grid.low, grid.high)
     return scale, zero.to(torch.int8)
 
 
-def _safe(scale: Tensor) -> Tensor:
-    return torch.where(scale > TINY, scale, torch.ones_like(scale))
+def _safe(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = scale.to(dtype)
+    return torch.where(rounded > TINY, rounded, torch.ones_like(rounded))
 
 
 def round_to(values: Tensor, grid: Format) -> Tensor:
@@ -137,11 +142,8 @@ def quantize(matrix: Tensor, quant: Quant, scale_dtype: torch.dtype = torch.floa
     in that type computes with exactly the numbers that were optimised here.
     """
     low, high = tile_range(matrix, quant.granularity)
-    scale, zero = scales_from_range(low, high, quant)
-    if scale_dtype != torch.float32:
-        scale = _safe(scale.to(scale_dtype).float())
-    quantized = quantize_with(matrix, scale, zero, quant)
-    return Quantized(quantized.codes, scale.to(scale_dtype), zero, quant)
+    scale, zero = scales_from_range(low, high, quant, scale_dtype)
+    return quantize_with(matrix, scale, zero, quant)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base.errors import SchemeError
 from ...models.select import Layer
 from ...models.walk import Block
 from ...numerics.error import Histogram
@@ -58,7 +57,6 @@ class RoundToNearest:
 
     def _observe(self, block: Block) -> dict[str, InputStatistics]:
         """Run the samples through the unquantized block, watching each group's input once."""
-        _refuse_experts(block.layers)
         watched: dict[str, InputStatistics] = {}
         heads: dict[str, InputStatistics] = {}
         for layer in block.layers:
@@ -133,15 +131,6 @@ def _shared_scale(block: Block, members: list[Layer]) -> Tensor | None:
     low = torch.stack([low for low, _ in ranges]).amin(0)
     high = torch.stack([high for _, high in ranges]).amax(0)
     return scales_from_range(low, high, quant)[0]
-
-
-def _refuse_experts(layers: tuple[Layer, ...]) -> None:
-    experts = [layer.name for layer in layers if layer.module is None]
-    if experts:
-        raise SchemeError(
-            f"Static activation scales for fused experts are not built yet ({experts[0]} and {len(experts) - 1} more).",
-            fix="Use a dynamic scheme such as fp8_dynamic, or add 'experts' to ignore_layers.",
-        )
 
 
 METHOD = RoundToNearest

@@ -1,0 +1,28 @@
+"""Freed tensors go back to the system: the resident size of a child process is read, not timed."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import os, torch
+from angelslim.base.memory import peak_resident, return_large_blocks
+assert return_large_blocks()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+for _ in range(3):  # freeing large blocks is what raises glibc's own threshold
+    torch.ones(8 * 2**20)
+before = resident()
+kept = []
+for _ in range(20):
+    big = [torch.ones(2 * 2**20) for _ in range(4)]
+    kept.append(torch.ones(1000))  # a small survivor behind each group of large ones
+    del big
+print(resident() - before, peak_resident() - before)
+"""
+
+
+def test_large_tensors_leave_no_holes():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    grown, peak = map(int, done.stdout.split())
+    assert grown < 8 * 2**20  # one group is 32 MB
+    assert peak >= 30 * 2**20

@@ -1,0 +1,124 @@
+"""Round to nearest on hand-made blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from angelslim.base.errors import ConfigError, SchemeError
+from angelslim.methods.base import PTQ
+from angelslim.methods.ptq.rtn import PROBE_VALUES, InputStatistics, RoundToNearest, round_weight
+from angelslim.models.loading import open_model
+from angelslim.models.select import groups_by_linear, select
+from angelslim.models.walk import Block
+from angelslim.numerics.observers import make_observer
+from angelslim.numerics.quantize import quantize
+from angelslim.numerics.scheme import FORMATS as GRIDS
+from angelslim.numerics.scheme import PER_TENSOR, PRESETS, Quant, Scheme, with_group
+from families import save_random
+from tiny import job_for
+
+FP8 = Quant(GRIDS["fp8_e4m3"], PER_TENSOR)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_folder):
+    return open_model(tiny_folder)
+
+
+def processed(source, scheme: Scheme) -> dict[str, torch.Tensor]:
+    selection = select(source, scheme)
+    block = Block(source, 0, selection.in_block(0), groups_by_linear(source), torch.device("cpu"))
+    RoundToNearest({}).process(block)
+    return {result.layer.name.removeprefix("model.layers.0."): result for result in block.results}
+
+
+def test_it_is_a_method_with_declared_options():
+    assert PTQ.get("rtn") is RoundToNearest
+    assert RoundToNearest.reads == {"observer", "percentile"}
+    with pytest.raises(ConfigError, match="Did you mean 'absmax'"):
+        RoundToNearest({"observer": "absmaxx"})
+
+
+def test_only_static_schemes_need_data():
+    method = RoundToNearest({})
+    assert method.needs_data(PRESETS["fp8_static"])
+    assert not any(
+        method.needs_data(PRESETS[name]) for name in ("fp8_dynamic", "int8_dynamic", "int4", "fp8_block")
+    )
+
+
+def test_members_of_a_group_share_a_per_tensor_scale_and_nobody_else(source):
+    results = processed(source, Scheme(FP8))
+    scales = {name: result.weight.scale.item() for name, result in results.items()}
+    largest = max(
+        source.checkpoint.read(f"model.layers.0.self_attn.{x}_proj.weight").abs().max().item() for x in "qkv"
+    )
+    assert all(scales[f"self_attn.{x}_proj"] == pytest.approx(largest / 448) for x in "qkv")
+    assert scales["mlp.gate_proj"] == scales["mlp.up_proj"]
+    assert len(set(scales.values())) == 4
+
+
+@pytest.mark.parametrize("name", ["fp8_dynamic", "int8_dynamic", "fp8_block"])
+def test_finer_scales_are_each_layers_own(name, source):
+    for local, result in processed(source, PRESETS[name]).items():
+        weight = source.checkpoint.read(f"model.layers.0.{local}.weight")
+        expected = quantize(weight, PRESETS[name].weight)
+        assert torch.equal(result.weight.codes.float(), expected.codes.float())
+        assert torch.equal(result.weight.scale, expected.scale)
+
+
+def test_scales_below_eight_bits_take_the_weights_type():
+    weight = torch.randn(8, 128).to(torch.bfloat16)
+    assert round_weight(weight, PRESETS["int4"].weight).scale.dtype == torch.bfloat16
+    assert round_weight(weight, PRESETS["int8_dynamic"].weight).scale.dtype == torch.float32
+
+
+def test_the_record_measures_what_was_lost(source):
+    results = processed(source, with_group(PRESETS["int4"], 32))
+    record = results["mlp.up_proj"].record
+    weight = source.checkpoint.read("model.layers.0.mlp.up_proj.weight").float()
+    lost = results["mlp.up_proj"].weight.dequantize() - weight
+    assert record.relative_error == pytest.approx((lost.norm() / weight.norm()).item(), rel=1e-4)
+    assert (record.block, record.shape, record.bits_per_weight) == (0, (256, 128), 4.5)
+    assert record.weights is not None and sum(record.weights.before) == weight.numel()
+
+
+def test_statistics_keep_a_bounded_sample():
+    statistics = InputStatistics(make_observer("absmax", FP8.format))
+    for _ in range(20):
+        statistics.update(torch.randn(100, 256))
+    statistics.update(torch.full((1, 256), -9.0))
+    assert 0 < statistics.values.numel() <= PROBE_VALUES
+    assert statistics.scale(FP8).item() == pytest.approx(9 / 448)
+    assert statistics.scale(FP8).shape == (1, 1)
+
+
+def test_inputs_that_are_always_zero_give_a_usable_scale():
+    statistics = InputStatistics(make_observer("absmax", FP8.format))
+    statistics.update(torch.zeros(4, 8))
+    assert statistics.scale(FP8).item() > 0
+
+
+def test_observers_change_the_static_scales(tiny_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    from angelslim import pipeline
+
+    scales = {}
+    for observer in ("absmax", "percentile", "mse"):
+        words = (f"compression.quantization.observer={observer}", "compression.quantization.percentile=90")
+        job = job_for(tiny_folder, "fp8_static", "dataset.num_samples=4", "dataset.max_seq_length=32", *words)
+        pipeline.run(job, tmp_path / observer)
+        tensors = load_file(tmp_path / observer / "model.safetensors")
+        scales[observer] = tensors["model.layers.0.mlp.down_proj.input_scale"].item()
+    assert scales["percentile"] < 0.8 * scales["absmax"]
+    assert scales["mse"] <= scales["absmax"] * 1.001
+
+
+def test_static_experts_are_refused_before_any_work(tmp_path):
+    save_random("qwen3_moe", tmp_path / "model")
+    with pytest.raises(SchemeError, match=r"fused experts are not built yet.*dynamic"):
+        job_for(tmp_path / "model", "fp8_static")
+    job = job_for(tmp_path / "model", "fp8_static", "compression.quantization.ignore_layers=[experts]")
+    assert {layer.name.rpartition(".")[2] for layer in job.selection.layers} == {f"{x}_proj" for x in "qkvo"}

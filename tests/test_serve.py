@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+
+import pytest
+
+from angelslim import serve
+from angelslim.base.errors import ConfigError, ModelError, ResourceError
+from angelslim.serve import launch, plan_launch
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    return tmp_path
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    monkeypatch.setattr(serve, "installed", lambda _engine: False)
+
+
+def test_a_folder_goes_to_vllm(tiny_folder, nothing_installed):
+    plan = plan_launch(tiny_folder, port=9000)
+    assert plan.command == ("vllm", "serve", str(tiny_folder), "--port", "9000")
+    assert plan.because
+    assert shlex.split(str(plan)) == list(plan.command)
+
+
+def test_sglang_when_only_it_is_there(tiny_folder, monkeypatch):
+    monkeypatch.setattr(serve, "installed", lambda engine: engine == "sglang")
+    plan = plan_launch(tiny_folder)
+    assert plan.engine == "sglang" and plan.command[1:3] == ("-m", "sglang.launch_server")
+
+
+def test_gguf_goes_to_llama_cpp_as_file_or_folder(gguf):
+    for path in (gguf, gguf / "model.gguf"):
+        plan = plan_launch(path)
+        assert plan.command[:3] == ("llama-server", "-m", str(gguf / "model.gguf"))
+
+
+def test_the_request_is_valid_json(tiny_folder):
+    request = shlex.split(plan_launch(tiny_folder, port=1234).request)
+    body = json.loads(request[request.index("-d") + 1])
+    assert body["model"] == str(tiny_folder) and body["messages"][0]["role"] == "user"
+    assert "http://127.0.0.1:1234/v1/chat/completions" in request
+
+
+def test_refusals(tiny_folder, tmp_path, gguf):
+    with pytest.raises(ModelError, match="no model folder"):
+        plan_launch(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="Did you mean 'vllm'"):
+        plan_launch(tiny_folder, "vlm")
+    with pytest.raises(ModelError, match="reads GGUF"):
+        plan_launch(tiny_folder, "llama.cpp")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_other_engines_do_not_get_a_gguf_as_if_it_were_a_folder(engine, gguf):
+    with pytest.raises(ModelError, match="GGUF"):
+        plan_launch(gguf, engine)
+
+
+def test_a_missing_engine_says_how_to_get_it(tiny_folder, nothing_installed):
+    with pytest.raises(ResourceError, match=r"vllm is not installed here. Run: pip install vllm"):
+        launch(plan_launch(tiny_folder))
+
+
+def test_launch_returns_the_engines_status(tiny_folder, monkeypatch):
+    monkeypatch.setattr(serve, "installed", lambda _engine: True)
+    plan = plan_launch(tiny_folder)
+    program = (sys.executable, "-c", "import sys; sys.exit(7)")
+    assert launch(serve.Launch(plan.engine, program, plan.because, plan.port, plan.model)) == 7

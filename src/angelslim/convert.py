@@ -1,4 +1,4 @@
-"""Layer 6: rewrite a compressed folder in another checkpoint format that holds the same numbers, bit for bit.
+"""Layer 7: rewrite a compressed folder in another checkpoint format that holds the same numbers, bit for bit.
 
 Codes and scales are read layer by layer and written again; nothing is rounded, so the two folders dequantize to
 identical weights. A format that cannot hold the scheme is refused with the reason.

@@ -1,4 +1,4 @@
-"""Layer 7: the Python face: `compress` for one call, `Engine` for scripts written step by step.
+"""Layer 8: the Python face: `compress` for one call, `Engine` for scripts written step by step.
 
 Both lead to the same pipeline as the command line: a recipe is resolved, a job prepared and run.
 """
@@ -156,8 +156,12 @@ class Engine:
         global_config: Mapping[str, Any] | None = None,
         compress_config: Mapping[str, Any] | None = None,
         default_method: str | None = None,
+        evaluation: Mapping[str, Any] | None = None,
     ) -> Engine:
-        """Choose a method by name, or give the ``compression`` section as a mapping."""
+        """Choose a method by name, or give the ``compression`` section as a mapping.
+
+        `evaluation` is the section of that name: ``{"enabled": False}`` measures nothing.
+        """
         if self._model is None:
             raise ConfigError("prepare_compressor comes after prepare_model.")
         if default_method is not None:
@@ -169,7 +173,8 @@ class Engine:
             }
         else:
             raise ConfigError("prepare_compressor needs default_method or compress_config.")
-        sections = {name: values for name, values in self._sections.items() if values}
+        given = {**self._sections, "evaluation": dict(evaluation or {})}
+        sections = {name: values for name, values in given.items() if values}
         self._job = prepare(load_recipe({**base, **sections}), self._model)
         return self
 

@@ -1,19 +1,15 @@
-"""Layer 5: from a resolved configuration and a model to a job whose every choice is made, and its cost.
+"""Layer 5: from a resolved configuration and a model to a job whose every choice is made.
 
 `prepare` opens the model, asks the method and the format whether they can do what the recipe says, and selects
-the layers: everything that can be refused is refused here, before any work. `estimate` then says what the job
-will do and cost; ``angelslim plan`` prints it and starts nothing.
+the layers: everything that can be refused is refused here, before any work.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +25,10 @@ from .data import builtin
 from .export.base import Exporter, choose
 from .methods.base import PTQ, Blockwise
 from .models.loading import Source, open_model
-from .models.select import Choice, Layer, Selection, select
-from .numerics.error import error_of
-from .numerics.quantize import quantize, tile_of
+from .models.select import Choice, Selection, select
 from .numerics.scheme import Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
-LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
-FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 # Switches that choose layers and formats, not algorithms.
 READ_HERE = frozenset({"quant_vit", "quantize_embeddings", "save_name"})
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
@@ -247,154 +239,3 @@ def _units(source: Source, outside_bytes: int = 256 * 2**20) -> tuple[Unit, ...]
     units = [Unit(f"block-{index:05d}", index, tuple(names)) for index, names in sorted(blocks.items())]
     units += [Unit(f"outside-{i:05d}", None, tuple(names)) for i, names in enumerate(outside) if names]
     return tuple(units)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a job will do and what it will cost. Bytes, seconds; estimates are marked so where printed."""
-
-    model: str
-    model_type: str
-    method: str
-    scheme: str
-    format: str
-    parameters: int
-    layers: dict[str, int]  # role ("mlp.down_proj") -> how many are quantized
-    skipped: dict[str, str]
-    bits_per_weight: float
-    bytes_before: int
-    bytes_after: int
-    peak_memory: int
-    disk: int
-    seconds: float
-    samples: int
-    max_length: int
-    files: int
-    warnings: list[str]
-
-    def to_json(self) -> str:
-        """Serialise for programs."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
-
-
-def estimate(job: Job) -> Plan:
-    """Predict the job's cost from shapes and a measurement of this machine of about half a second."""
-    tensors = job.source.checkpoint.tensors
-    weights = {layer.tensor: layer for layer in job.selection.layers}
-    stored, kept = _written_bytes(job)
-    count = sum(layer.shape[0] * layer.shape[1] for layer in weights.values())
-    tokens = job.config.dataset.num_samples * job.config.dataset.max_seq_length if job.calibrates else 0
-    return Plan(
-        model=job.source.name,
-        model_type=job.source.structure.model_type,
-        method=job.name,
-        scheme=str(job.scheme),
-        format=job.exporter.describe(job.scheme),
-        parameters=sum(torch.Size(info.shape).numel() for info in tensors.values()),
-        layers=dict(Counter(_role(layer, job.source) for layer in weights.values())),
-        skipped=job.selection.skipped,
-        bits_per_weight=8 * stored / count,
-        bytes_before=job.source.checkpoint.nbytes,
-        bytes_after=stored + kept,
-        peak_memory=peak_memory(job),
-        disk=disk_needed(job, stored + kept),
-        seconds=_seconds(job, count, tokens),
-        samples=job.config.dataset.num_samples if job.calibrates else 0,
-        max_length=job.config.dataset.max_seq_length if job.calibrates else 0,
-        files=max(1, -(-(stored + kept) // job.config.global_.max_shard_size)),
-        warnings=job.resolved.warnings,
-    )
-
-
-def _role(layer: Layer, source: Source) -> str:
-    if layer.block is None:
-        return layer.name
-    return ".".join(
-        part for part in layer.name.split(f".{layer.block}.", 1)[-1].split(".") if not part.isdigit()
-    )
-
-
-def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
-    quant = layer.scheme.weight
-    rows, columns = tile_of(quant.granularity, layer.shape)
-    tiles = -(-layer.shape[0] // rows) * -(-layer.shape[1] // columns)
-    scale_bytes = dtype.itemsize if quant.format.bits < 8 else 4
-    zero_bits = 0 if quant.symmetric else quant.format.bits
-    return (
-        layer.shape[0] * layer.shape[1] * quant.format.bits // 8
-        + tiles * scale_bytes
-        + tiles * zero_bits // 8
-    )
-
-
-def activation_bytes(job: Job) -> int:
-    """Bytes of one generation of hidden states."""
-    hidden: int = job.source.config.get_text_config().hidden_size
-    data = job.config.dataset
-    return (
-        data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize if job.calibrates else 0
-    )
-
-
-def peak_memory(job: Job) -> int:
-    """Resident bytes at the worst unit: its tensors, its result, and float32 copies of its largest layer.
-
-    While calibrating, the embedding is resident once, before the first block, and the activations always.
-    """
-    tensors = job.source.checkpoint.tensors
-    layers = {layer.tensor: layer for layer in job.selection.layers}
-    worst = 0
-    for unit in job.units:
-        quantized = [layers[name] for name in unit.tensors if name in layers]
-        kept = sum(tensors[name].nbytes for name in unit.tensors if name not in layers)
-        result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in quantized)
-        source = sum(tensors[layer.tensor].nbytes for layer in quantized) if job.calibrates else 0
-        largest = max((layer.shape[0] * layer.shape[1] for layer in quantized), default=0)
-        worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest)
-    activations = min(activation_bytes(job), job.config.global_.activation_budget)
-    return LIBRARIES + worst + activations
-
-
-def disk_needed(job: Job, output: int) -> int:
-    """Bytes written at the worst moment: units and the shard being joined, plus two generations of activations."""
-    shard = min(output, job.config.global_.max_shard_size)
-    return output + shard + 2 * activation_bytes(job)
-
-
-def check_disk(job: Job, out: Path) -> None:
-    """Refuse a run that would fill the disk."""
-    folder = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(folder).free
-    needed = disk_needed(job, sum(_written_bytes(job))) + 64 * 2**20
-    if needed > free:
-        raise ResourceError(
-            f"The run needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
-            fix="Choose another --out, or use fewer or shorter calibration samples.",
-        )
-
-
-def _written_bytes(job: Job) -> tuple[int, int]:
-    """Bytes of the output's quantized layers, and of what is carried over."""
-    tensors = job.source.checkpoint.tensors
-    weights = {layer.tensor: layer for layer in job.selection.layers}
-    stored = sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in weights.values())
-    return stored, sum(info.nbytes for name, info in tensors.items() if name not in weights)
-
-
-def _seconds(job: Job, weights: int, tokens: int) -> float:
-    """Time a small product and a small rounding on this device, and scale."""
-    side = 1024
-    matrix = torch.randn(side, side, device=job.device, dtype=job.source.dtype)
-    quant = job.scheme.weight
-    rates = []
-    for work in (lambda: matrix @ matrix, lambda: error_of(matrix, quantize(matrix, quant).dequantize())):
-        work()
-        start = time.perf_counter()
-        for _ in range(3):
-            work()
-        if job.device.type == "cuda":
-            torch.cuda.synchronize()
-        rates.append((time.perf_counter() - start) / 3)
-    product, rounding = rates
-    forward = 2 * weights * tokens / (2 * side**3) * product
-    return 5 + forward + 4 * weights / side**2 * rounding + job.source.checkpoint.nbytes / 400e6

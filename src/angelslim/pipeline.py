@@ -1,4 +1,4 @@
-"""Layer 6: run a job: calibrate, quantize, write, check, measure, report. Knows no method's name.
+"""Layer 7: run a job: calibrate, quantize, write, check, measure, report. Knows no method's name.
 
 Everything is built in ``OUT.partial`` and renamed to ``OUT`` at the end, so an output folder is complete or does
 not exist. Each unit (a decoder block, or the tensors outside) is a checkpoint: the same command after a kill
@@ -31,13 +31,14 @@ from .data import builtin
 from .data.text import calibration_batches
 from .evaluate.base import Score
 from .evaluate.suite import evaluate
-from .job import KEPT_FILES, NEVER_COPIED, Job, Unit, check_disk
+from .job import KEPT_FILES, NEVER_COPIED, Job, Unit
 from .models.activations import ActivationStore
 from .models.builtin import BUILTIN
 from .models.checkpoint import UnitWriter, write_atomically
 from .models.select import groups_by_linear
 from .models.walk import Block, BlockStream
 from .numerics.error import LayerRecord
+from .plan import check_disk
 from .reopen import load
 from .report.card import write_card
 from .report.html import write_html

@@ -14,7 +14,8 @@ from ..base import console
 from ..base.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..job import Job, Plan
+    from ..job import Job
+    from ..plan import Plan
 
 GROUP = "Compress"
 Recipe = Annotated[
@@ -89,7 +90,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a run would do and cost, and start nothing."""
-    from ..job import estimate
+    from ..plan import estimate
 
     found = estimate(_job(recipe, rest, seed))
     if json:

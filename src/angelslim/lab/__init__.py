@@ -1,1 +1,1 @@
-"""Layer 7: tiny real models and the tasks on which every table can be reproduced without a download."""
+"""Layer 8: tiny real models and the tasks on which every table can be reproduced without a download."""

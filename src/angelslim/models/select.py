@@ -111,7 +111,9 @@ def _refusal(source: Source, name: str, module: str, choice: Choice) -> str:
     tower = structure.tower_of(module)
     if module == structure.head:
         return "" if choice.head else "head (ask with quantize_lm_head: true)"
-    if module in structure.embeddings and (tower is None or not choice.embeddings):
+    if module in structure.embeddings:
+        if tower is not None:
+            return f"embedding of the {tower} tower"
         return "" if choice.embeddings else "embedding (ask with quantize_embeddings: true)"
     if pattern is not None:
         return f"ignore_layers: {pattern}"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from angelslim.base.errors import ConfigError, ResourceError, SchemeError
-from angelslim.job import activation_bytes, check_disk, disk_needed, estimate, peak_memory
+from angelslim.plan import activation_bytes, check_disk, disk_needed, estimate, peak_memory
 from tiny import job_for, save_qwen3
 
 

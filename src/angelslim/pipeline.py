@@ -296,7 +296,7 @@ def measure(job: Job, folder: Path) -> list[Score]:
     return evaluate(
         load(folder, device=job.device),
         tokenizer_of(job.source.folder),
-        perplexity_text=Path(settings.perplexity) if isinstance(settings.perplexity, str) else None,
+        text=Path(settings.perplexity) if isinstance(settings.perplexity, str) else settings.perplexity,
         tasks=tasks,
         samples=settings.samples,
         seed=job.config.global_.seed,

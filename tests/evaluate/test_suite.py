@@ -12,7 +12,7 @@ def test_the_suite_in_order(model, tokenizer, tmp_path):
     scores = evaluate(
         model,
         tokenizer,
-        perplexity_text=path,
+        text=path,
         tasks=["addition", "recall"],
         samples=2,
         speed=True,
@@ -35,4 +35,8 @@ def test_mistakes_surface_before_anything_runs(model, tokenizer, tmp_path, monke
     with pytest.raises(ConfigError, match="additon"):
         evaluate(model, tokenizer, tasks=["additon"])
     with pytest.raises(DataError, match="does not exist"):
-        evaluate(model, tokenizer, perplexity_text=tmp_path / "none.txt")
+        evaluate(model, tokenizer, text=tmp_path / "none.txt")
+
+
+def test_perplexity_can_be_left_out(model, tokenizer):
+    assert evaluate(model, tokenizer, text=False) == []

@@ -66,7 +66,7 @@ def evaluate(
         scores = run_suite(
             model,
             tokenizer,
-            perplexity_text=text,
+            text=text,
             tasks=_words(tasks),
             samples=samples,
             speed=speed,

@@ -27,7 +27,7 @@ def evaluate(
     model: nn.Module,
     tokenizer: Any,
     *,
-    perplexity_text: Path | None = None,
+    text: Path | bool | None = None,
     tasks: Sequence[str] = (),
     samples: int = DEFAULT_SAMPLES,
     speed: bool = False,
@@ -41,14 +41,16 @@ def evaluate(
 ) -> list[Score]:
     """Measure perplexity, then each of `tasks` on `samples` examples, then (if `speed`) generation speed.
 
-    Without `perplexity_text` the text is the built-in evaluation split, which no calibration ever reads. The
-    examples come from the evaluation split too, half of them with thinking.
+    `text` is the file to measure perplexity on; None or True takes the built-in evaluation split, which no
+    calibration ever reads, and False measures none. The examples come from that split too, half of them with
+    thinking.
     """
-    text = evaluation_text() if perplexity_text is None else read_text(perplexity_text)
+    passage = read_text(text) if isinstance(text, Path) else evaluation_text()
     drawn = {task: builtin.examples(task, "evaluation", samples, seed=seed) for task in tasks}
-    scores = [
-        perplexity(model, tokenizer, text, window=window, stride=stride, max_tokens=max_tokens, device=device)
-    ]
+    scores = []
+    if text is not False:
+        options = {"window": window, "stride": stride, "max_tokens": max_tokens}
+        scores.append(perplexity(model, tokenizer, passage, device=device, **options))
     for items in drawn.values():
         scores.append(
             exact_match(

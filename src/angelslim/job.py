@@ -18,6 +18,7 @@ import torch
 from . import __version__
 from .base.console import chose, log
 from .base.errors import ConfigError, DataError, ResourceError, SchemeError
+from .base.memory import return_large_blocks
 from .config.recipe import Resolved
 from .config.schema import Config
 from .config.upstream import Stage, stages
@@ -93,6 +94,7 @@ class Job:
 
 def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     """Make every choice of a run; refuse what cannot be done."""
+    return_large_blocks()
     config = resolved.config
     if not isinstance(config, Config):
         raise ConfigError(

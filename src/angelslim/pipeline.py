@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from .base.console import bar, chose, log
 from .base.errors import DataError, ModelError, ResourceError, UserError
-from .base.memory import peak_resident, return_large_blocks
+from .base.memory import peak_resident, trim
 from .config.files import write_yaml
 from .data import builtin
 from .data.text import calibration_batches
@@ -104,7 +104,6 @@ def run(
     `before` are scores of the original that a caller already has; without them the original is measured too.
     """
     started = time.perf_counter()
-    return_large_blocks()
     out = out.resolve()  # a name is needed to put OUT.partial beside it, also for "."
     fingerprint = job.fingerprint()
     finished = _finished(job, out, fingerprint, overwrite)
@@ -180,6 +179,7 @@ def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:
                     stream.store.commit(unit.block + 1)
                     write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
                     stream.store.forget(unit.block)
+            trim()
             progress.advance()
     loaded = (json.loads((workplace.records / f"{unit.name}.json").read_text("utf-8")) for unit in job.units)
     return [LayerRecord.from_dict(raw) for records in loaded for raw in records]

@@ -3,7 +3,8 @@
 glibc serves allocations below a threshold from a heap that only shrinks at its end, and raises the threshold
 (up to 32 MB) as large blocks are freed. Weights of that size then leave holes, and a run that frees every block
 still grows by tens of megabytes a block. Fixing the threshold makes large tensors mappings of their own, which
-go back when freed. The heap's free end has to go back as well, or it serves them before a mapping is made.
+go back when freed. That has to happen before the first large allocation: a hole that is already there, touched
+or not, serves later requests before a mapping is made. `trim` gives back what has gathered in holes since.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 2**20
@@ -18,13 +20,27 @@ _LARGE = 2**20
 
 def return_large_blocks() -> bool:
     """Fix glibc's thresholds at 1 MB for this process; return whether that was possible."""
+    mallopt = _glibc("mallopt")
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _LARGE)) and bool(mallopt(_M_MMAP_THRESHOLD, _LARGE))
+
+
+def trim() -> None:
+    """Give the heap's free pages back to the system; takes milliseconds."""
+    malloc_trim = _glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _glibc(function: str) -> Any:
+    """Return a function of glibc, or None where another C library is in use."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        return bool(mallopt(_M_TRIM_THRESHOLD, _LARGE)) and bool(mallopt(_M_MMAP_THRESHOLD, _LARGE))
-    except (OSError, AttributeError):  # another C library, which has no such habit or no such knob
-        return False
+        return getattr(ctypes.CDLL("libc.so.6"), function)
+    except (OSError, AttributeError):
+        return None
 
 
 def peak_resident() -> int:

@@ -107,7 +107,7 @@ def quickstart(
 ) -> None:
     """Compress the built-in model to FP8, INT8 and INT4, compare all with the original, write one report.
 
-    Works offline in about a minute on a laptop.
+    Works offline; takes a minute or two on two cores.
     """
     from ..lab.quickstart import run_quickstart
     from ..report.summary import results_table

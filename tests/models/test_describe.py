@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-from families import save_random
-
 from angelslim.models.loading import open_model
 from angelslim.models.summary import summarize
+from families import save_random
 
 
 def test_equal_blocks_are_one_row_and_different_ones_two(tmp_path):

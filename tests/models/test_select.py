@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from families import save_random
 
 from angelslim.base.errors import SchemeError
 from angelslim.models.loading import open_model
 from angelslim.models.select import Choice, groups_by_linear, select
 from angelslim.numerics.scheme import PRESETS, Scheme, with_group
+from families import save_random
 
 FP8 = PRESETS["fp8_dynamic"]
 

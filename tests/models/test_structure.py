@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from families import FAMILIES, config_of
 
 from angelslim.base.errors import ModelError
 from angelslim.models.loading import probe_model
 from angelslim.models.structure import Experts, Group, Structure, discover
+from families import FAMILIES, config_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -242,7 +242,8 @@ def _process(
 def _assemble(job: Job, workplace: Workplace) -> None:
     """Join the units into shards and write what makes them a model folder."""
     result = workplace.result
-    for pattern in KEPT_FILES:
+    code = ("*.py",) if job.config.model.trust_remote_code else ()
+    for pattern in (*KEPT_FILES, *code):
         for file in job.source.folder.glob(pattern):
             if file.name not in NEVER_COPIED:
                 shutil.copyfile(file, result / file.name)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import DataError, ModelError
+from ..models.checkpoint import read_header
 from .base import Score
 
 SUFFIXES = (".safetensors", ".gguf")
@@ -36,19 +36,6 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read the header of a safetensors file (8 bytes of little-endian length, then JSON) and no tensor."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ModelError(
-                "The safetensors file is cut short or damaged.", where=str(path), fix="Fetch it again."
-            )
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header
-
-
 def count_parameters(folder: Path) -> int:
     """Count the elements stored in an *unquantized* safetensors checkpoint, from its headers alone.
 
@@ -64,7 +51,7 @@ def count_parameters(folder: Path) -> int:
         )
     total = 0
     for path in weight_files(folder):
-        for entry in read_header(path).values():
+        for entry in read_header(path)[0].values():
             count = 1
             for length in entry["shape"]:
                 count *= length

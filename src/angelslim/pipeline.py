@@ -200,10 +200,11 @@ def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: lis
             "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
         )
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
-    stream = BlockStream(job.source, samples, store, job.device)
+    follow = job.method.follows_original
+    stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
     marker = workplace.root / "next_block"
     first = int(marker.read_text()) if marker.exists() else 0
-    if not store.complete(first, len(samples)):
+    if not store.complete(first, stream.entries):
         first = 0
     for unit in blocks:
         assert unit.block is not None
@@ -349,8 +350,22 @@ def _record(
         versions={"python": platform.python_version(), **versions(PACKAGES)},
         fingerprint=fingerprint,
         hashes={file.name: _sha256(file) for file in files},
-        warnings=job.resolved.warnings,
+        warnings=[*job.resolved.warnings, *_remarks(layers)],
     )
+
+
+def _remarks(layers: list[LayerRecord]) -> list[str]:
+    """Sum up what methods noted about layers, and say it aloud: one line for each thing noted."""
+    noted: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.note:
+            noted.setdefault(layer.note, []).append(layer.name)
+    remarks = []
+    for note, names in noted.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remarks.append(f"{names[0]}{more}: {note}.")
+        log.warning("%s", remarks[-1])
+    return remarks
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

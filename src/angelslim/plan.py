@@ -17,7 +17,7 @@ import torch
 from .base.errors import ResourceError
 from .job import Job
 from .models.loading import Source
-from .models.select import Layer
+from .models.select import Layer, groups_by_linear
 from .numerics.error import error_of
 from .numerics.quantize import quantize, tile_of
 
@@ -104,21 +104,23 @@ def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(job: Job) -> int:
-    """Bytes of one generation of hidden states."""
+    """Bytes of one generation of hidden states, those of the original model too where the method follows it."""
+    if not job.calibrates:
+        return 0
     hidden: int = job.source.config.get_text_config().hidden_size
     data = job.config.dataset
-    return (
-        data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize if job.calibrates else 0
-    )
+    streams = 2 if job.method.follows_original else 1
+    return streams * data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize
 
 
 def peak_memory(job: Job) -> int:
-    """Resident bytes at the worst unit: its tensors, its result, and float32 copies of its largest layer.
+    """Resident bytes at the worst unit: tensors, result, float32 copies of its largest layer, the method's own.
 
     While calibrating, the embedding is resident once, before the first block, and the activations always.
     """
     tensors = job.source.checkpoint.tensors
     layers = {layer.tensor: layer for layer in job.selection.layers}
+    groups = groups_by_linear(job.source)
     worst = 0
     for unit in job.units:
         quantized = [layers[name] for name in unit.tensors if name in layers]
@@ -126,7 +128,8 @@ def peak_memory(job: Job) -> int:
         result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in quantized)
         source = sum(tensors[layer.tensor].nbytes for layer in quantized) if job.calibrates else 0
         largest = max((layer.shape[0] * layer.shape[1] for layer in quantized), default=0)
-        worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest)
+        own = job.method.working_memory(quantized, groups) if unit.block is not None else 0
+        worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest + own)
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
     return LIBRARIES + worst + activations
 

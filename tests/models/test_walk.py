@@ -138,3 +138,55 @@ def test_tables_are_stored_once_for_samples_of_one_length(tmp_path):
         for tensor in kwargs["position_embeddings"]
     }
     assert len(tables) == 2  # cos and sin
+
+
+def test_the_original_travels_beside_what_a_method_changes(tmp_path):
+    model = save_random("qwen3", tmp_path / "model")
+    source = open_model(tmp_path / "model")
+    blocks, ids = source.structure.blocks, samples()
+    store = ActivationStore(tmp_path / "store", 1 << 20)
+    stream = BlockStream(source, ids, store, CPU, follow_original=True)
+    stream.prepare(0)
+    count, name = len(ids), "self_attn.q_proj"
+    pairs: dict[int, list[tuple[torch.Tensor, torch.Tensor | None]]] = {0: [], 1: []}
+    for index in range(2):
+        path = f"{blocks[index]}.{name}"
+        with stream.resident(index):
+            stream.compare(index, {path: lambda a, b, seen=pairs[index]: seen.append((a.clone(), b))})
+            source.model.get_submodule(path).weight.data.zero_()
+            stream.run(index, {}, keep=True)
+    expected = [block_outputs(model, blocks, sample) for sample in ids]
+    for name_ in (f"{blocks[index]}.{name}" for index in range(2)):
+        model.get_submodule(name_).weight.data.zero_()
+    changed = [block_outputs(model, blocks, sample) for sample in ids]
+    for sample in range(count):
+        torch.testing.assert_close(store.get(2, sample), changed[sample][2], atol=1e-5, rtol=0)
+        torch.testing.assert_close(store.get(2, count + sample), expected[sample][2], atol=1e-5, rtol=0)
+    assert all(torch.equal(now, original) for now, original in pairs[0])
+    assert all(len(now) == ids[sample].shape[1] for sample, (now, _) in enumerate(pairs[1]))
+    assert any(not torch.allclose(now, original) for now, original in pairs[1])
+
+
+def test_inputs_that_cannot_be_matched_are_told_apart(tmp_path):
+    """A linear that got other tokens in the original, as experts do, has nothing to compare with."""
+    save_random("qwen3", tmp_path / "model")
+    source = open_model(tmp_path / "model")
+    store = ActivationStore(tmp_path / "store", 1 << 20)
+    stream = BlockStream(source, samples((5, 12)), store, CPU, follow_original=True)
+    stream.prepare(0)
+    path = f"{source.structure.blocks[0]}.mlp"
+    calls, originals = [], []
+
+    def routed(hidden):
+        calls.append(None)
+        mlp.down_proj(mlp.up_proj(hidden)[:, : -1 if len(calls) % 2 else None])
+        return hidden
+
+    with stream.resident(0):
+        mlp = source.model.get_submodule(path)
+        mlp.forward = routed
+        stream.compare(
+            0, {f"{path}.{leaf}_proj": lambda _now, x: originals.append(x) for leaf in ("up", "down")}
+        )
+        del mlp.forward
+    assert [original is None for original in originals] == [False, True] * 2

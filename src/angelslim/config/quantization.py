@@ -1,8 +1,8 @@
 """The section ``compression.quantization``: which numbers, which algorithm, which layers.
 
 The public keys keep the public dialect's names. Ours are `scheme`, `observer`, `percentile`, `format`,
-`quantize_lm_head` and `quantize_embeddings`. `upstream.stages` turns this section into a method and a
-`numerics.scheme.Scheme`.
+`quantize_lm_head`, `quantize_embeddings`, and `alpha` and `damp` of `quant_method`. `upstream.stages` turns
+this section into a method and a `numerics.scheme.Scheme`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class QuantMethod(Section):
     zero_point: bool | None = None  # true: asymmetric
     mse_range: bool | None = None
     actorder: bool | None = None
+    alpha: Share | None = None  # GPTAQ: share of the drift that is corrected
+    damp: Share | None = None  # GPTQ: share of the mean diagonal that is added to the Hessian
     dequant_to_bf16: bool | None = None
     num_workers: Int | None = None
     share_gate_up_weight_scale_2: bool | None = None

@@ -89,7 +89,14 @@ _SWITCHES = (
     "modules_to_quantize", "quant_analyse", "quant_vit", "quant_talker", "save_name", "base_model_path", "metric",
     "base_model_repo", "base_is_fp8", "scale_search", "observer", "percentile", "quantize_embeddings",
 )  # fmt: skip
-_METHOD_SWITCHES = ("mse_range", "actorder", "dequant_to_bf16", "share_gate_up_weight_scale_2")
+_METHOD_SWITCHES = (
+    "mse_range",
+    "actorder",
+    "alpha",
+    "damp",
+    "dequant_to_bf16",
+    "share_gate_up_weight_scale_2",
+)
 _HEADS = ("lm_head", "model.lm_head")
 
 

@@ -11,10 +11,12 @@ name that recipes use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..base.registry import Registry
+from ..models.select import Layer
+from ..models.structure import Group
 from ..models.walk import Block
 from ..numerics.scheme import Scheme
 
@@ -24,16 +26,23 @@ class Blockwise(Protocol):
 
     The engine calls `process` once for each block in order, and for the layers outside the blocks. With
     calibration data, `block.advance` runs the samples through the block; the engine calls it if `process` has
-    not.
+    not. A method whose next block shall see what its rounding did calls `block.collect` to watch the original
+    block, `block.replace` for each weight, then `block.advance`.
     """
 
     reads: frozenset[str]  # the options it knows; others that a recipe sets are reported as having no effect
+    follows_original: (
+        bool  # calls `block.compare`, so the original model's activations are kept beside its own
+    )
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Take the method's options from the recipe; wrong values are a `ConfigError`."""
 
     def needs_data(self, scheme: Scheme) -> bool:
         """Say whether calibration samples are needed; without them the model never runs."""
+
+    def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
+        """Estimate the bytes that `process` holds for these layers of a block, beside the block and its results."""
 
     def process(self, block: Block) -> None:
         """Quantize every layer of `block` and hand each in with `block.emit`."""

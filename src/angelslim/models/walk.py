@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .select import Layer
 from .structure import Group
 
 Observe = Callable[[Tensor], None]
+ObservePair = Callable[[Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,27 @@ class Block:
         self.stream.run(self.index, observe or {}, keep=True)
         self.advanced = True
 
+    def collect(self, observe: Mapping[str, Observe]) -> None:
+        """Run all samples through the block as it is now and keep nothing; `observe` is that of `advance`."""
+        assert self.stream is not None and self.index is not None
+        self.stream.run(self.index, observe, keep=False)
+
+    def compare(self, observe: Mapping[str, ObservePair]) -> None:
+        """Run all samples through the block as it is now, from their own inputs and from the original model's.
+
+        `observe` gets both inputs of a linear ``[tokens, in]``; the second is None where the tokens of the two
+        cannot be matched (an expert that was sent others). Only for methods that follow the original, which call
+        it once, before they replace a weight.
+        """
+        assert self.stream is not None and self.index is not None
+        self.stream.compare(self.index, observe)
+
+    def replace(self, layer: Layer, weight: Tensor) -> None:
+        """Let the block compute with another weight ``[out, in]`` from now on, in the model's own type."""
+        assert layer.module is not None and self.samples
+        module = self.source.model.get_submodule(layer.module)
+        module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)  # type: ignore[arg-type]
+
     def emit(
         self,
         layer: Layer,
@@ -87,6 +110,9 @@ class Block:
         weight: Quantized,
         input_scale: Tensor | None = None,
         activations: Histogram | None = None,
+        *,
+        output_error: float | None = None,
+        note: str = "",
     ) -> None:
         """Hand in a layer's result, with the weight it replaces for the record."""
         restored = weight.dequantize()
@@ -102,18 +128,31 @@ class Block:
             weights=Histogram.of(original, restored),
             activations=activations,
             input_scale=None if input_scale is None else float(input_scale),
+            output_error=output_error,
+            note=note,
         )
         self.results.append(QuantizedLayer(layer, weight, input_scale, record))
 
 
 class BlockStream:
-    """Walks the blocks of an opened model with calibration samples ``[1, tokens]`` of token ids."""
+    """Walks the blocks of an opened model with calibration samples ``[1, tokens]`` of token ids.
+
+    With `follow_original` each sample is stored twice: entry s passes through the blocks as a method leaves
+    them, entry ``len(samples) + s`` through the original ones. Both are committed and resumed together.
+    """
 
     def __init__(
-        self, source: Source, samples: Sequence[Tensor], store: ActivationStore, device: torch.device
+        self,
+        source: Source,
+        samples: Sequence[Tensor],
+        store: ActivationStore,
+        device: torch.device,
+        *,
+        follow_original: bool = False,
     ) -> None:
         self.source, self.samples, self.store, self.device = source, list(samples), store, device
         self.blocks = source.structure.blocks
+        self.entries = len(self.samples) * (2 if follow_original else 1)
         self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # sample -> block -> call
         self._interned: dict[str, Tensor] = {}
 
@@ -123,7 +162,8 @@ class BlockStream:
             hidden, calls = self._record(ids)
             self._calls.append(calls)
             if first == 0:
-                self.store.put(0, sample, hidden)
+                for entry in range(sample, self.entries, len(self.samples)):
+                    self.store.put(0, entry, hidden)
         self.source.free("")
 
     @contextmanager
@@ -137,26 +177,57 @@ class BlockStream:
 
     def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool) -> None:
         """Run every sample through block `index`; `keep` stores the outputs as the next generation."""
+        with self._observed(observe):
+            for sample in range(len(self.samples)):
+                output = self._forward(index, sample)
+                if keep:
+                    self._advance(index, sample, output)
+
+    def compare(self, index: int, observe: Mapping[str, ObservePair]) -> None:
+        """Run every sample from both of its inputs; the outputs of the original's are the next generation."""
+        count = len(self.samples)
+        assert self.entries == 2 * count, "the method does not say that it follows the original"
+        seen: dict[str, Tensor] = {}
+        with self._observed({path: partial(seen.__setitem__, path) for path in observe}):
+            for sample, ids in enumerate(self.samples):
+                self._forward(index, sample)
+                inputs = dict(seen)
+                seen.clear()
+                self._advance(index, count + sample, self._forward(index, count + sample))
+                for path, values in inputs.items():
+                    original = seen.get(path)
+                    # A whole number of rows per token: nothing was routed away, so rows belong together.
+                    matched = original is not None and original.shape == values.shape
+                    whole = values.shape[0] % ids.shape[1] == 0
+                    observe[path](values, original if matched and whole else None)
+                seen.clear()
+
+    def _advance(self, index: int, entry: int, output: Tensor) -> None:
+        self.store.put(index + 1, entry, output)
+        self.store.drop(index, entry)
+
+    def _forward(self, index: int, entry: int) -> Tensor:
+        sample = entry % len(self.samples)
         module = self.source.model.get_submodule(self.blocks[index])
+        args, kwargs = self._calls[sample][index]
+        with torch.no_grad():
+            output = module(self.store.get(index, entry).to(self.device), *args, **kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if not hidden.isfinite().all():
+            raise ModelError(
+                f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
+                fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
+            )
+        return hidden
+
+    @contextmanager
+    def _observed(self, observe: Mapping[str, Observe]) -> Iterator[None]:
         hooks = [
             self.source.model.get_submodule(path).register_forward_pre_hook(_observer_hook(function))
             for path, function in observe.items()
         ]
         try:
-            with torch.no_grad():
-                for sample in range(len(self.samples)):
-                    args, kwargs = self._calls[sample][index]
-                    hidden = self.store.get(index, sample).to(self.device)
-                    output = module(hidden, *args, **kwargs)
-                    output = output[0] if isinstance(output, tuple) else output
-                    if not output.isfinite().all():
-                        raise ModelError(
-                            f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
-                            fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
-                        )
-                    if keep:
-                        self.store.put(index + 1, sample, output)
-                        self.store.drop(index, sample)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -54,6 +54,10 @@ class LayerRecord:
     weights: Histogram | None = None
     activations: Histogram | None = None
     input_scale: float | None = None  # static per-tensor activation scale
+    output_error: float | None = (
+        None  # of the layer's outputs on the calibration inputs, where a method knows it
+    )
+    note: str = ""  # what a reader has to know, such as a layer that a method could only round
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LayerRecord:

@@ -1,0 +1,160 @@
+"""GPTQ and GPTAQ: rounding whose error the weights that are left make up for, block after block.
+
+For each block the samples run once through the original weights, fed with what the quantized blocks before it
+gave; each group of linears collects one Hessian. Then the layers are rounded (`numerics.compensate`), the block takes
+the rounded weights, and the samples run again: the next block sees, and can compensate, what happened so far.
+Activations themselves are not quantized on the way, also where the scheme quantizes them at run time.
+
+With `gptaq` (Li et al. 2025) the original model's activations travel beside and each layer aims at the output that
+it had in the original model. That doubles the stored activations and adds a third run of each block.
+
+Some layers have no Hessian: experts of a fused stack (no linear of their own to watch, and routed past: few
+tokens), embeddings and heads outside the blocks, linears that no sample reached. They are rounded to nearest, and
+so is a group whose Hessian cannot be factored; each carries a note in the record, and the run ends with a warning.
+Refusing would leave users of such models with nothing, silence with a false idea of what they have. Rounded experts
+are not put back into the block, so what they lose is not passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...base.errors import ConfigError
+from ...models.select import Layer
+from ...models.structure import Group
+from ...models.walk import Block, ObservePair
+from ...numerics import compensate
+from ...numerics.observers import make_observer
+from ...numerics.scheme import Scheme, format_named
+from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
+
+EXPERT = "rounded to nearest: an expert of a fused stack has no inputs of its own to watch"
+OUTSIDE = "rounded to nearest: it lies outside the blocks"
+UNREACHED = "rounded to nearest: no calibration token reached it"
+SINGULAR = "rounded to nearest: its Hessian could not be factored, with more damping neither"
+DAMPED = "the Hessian needed more damping than usual"
+
+FACTORING = 6  # matrices [in, in] beside the Hessian at the worst moment of factoring it, as measured
+
+
+class GPTQ:
+    """Options: `actorder`, `damp`, `gptaq`, `alpha`; `observer` and `percentile` for static activations."""
+
+    reads = frozenset({"actorder", "damp", "gptaq", "alpha", "observer", "percentile"})
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.act_order = bool(_given(options, "actorder", True))
+        self.damp = _share(options, "damp", compensate.DAMP)
+        self.alpha = _share(options, "alpha", compensate.ALPHA)
+        self.follows_original = bool(options.get("gptaq", False))
+        self.observer = str(options.get("observer", "absmax"))
+        self.percent = float(options.get("percentile", 99.99))
+        make_observer(self.observer, format_named("fp8_e4m3"), self.percent)  # an unknown name fails now
+
+    def needs_data(self, scheme: Scheme) -> bool:
+        """Hessians come from calibration inputs, whatever the scheme."""
+        return True
+
+    def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
+        """A Hessian for each input of the block, and what factoring the largest takes."""
+        paths = {layer.module: layer.shape[1] for layer in layers if layer.module is not None}
+        widths = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
+        held = sum(widths.values()) * (2 if self.follows_original else 1)
+        return held + FACTORING * max(widths.values(), default=0)
+
+    def process(self, block: Block) -> None:
+        """Round every layer, put the rounded weights into the block and run the samples through it."""
+        hessians, ranges = self._observe(block) if block.samples else ({}, {})
+        for members in by_group(block):
+            self._quantize_group(block, members, hessians, ranges)
+        if block.samples:
+            block.advance()
+
+    def _observe(self, block: Block) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
+        """Return the Hessian, and the static range if one is needed, of each group's head."""
+        hessians: dict[str, compensate.Hessian] = {}
+        ranges: dict[str, InputStatistics] = {}
+        for layer in block.layers:
+            if layer.module is None:
+                continue
+            head, quant = head_of(block, layer), layer.scheme.input
+            if head not in hessians:
+                hessians[head] = compensate.Hessian(layer.shape[1], block.device)
+            if head not in ranges and quant is not None and not quant.dynamic:
+                ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
+        watched: dict[str, ObservePair] = {
+            head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()
+        }
+        if self.follows_original:
+            block.compare(watched)
+        else:
+            block.collect({head: _alone(function) for head, function in watched.items()})
+        return hessians, ranges
+
+    def _quantize_group(
+        self,
+        block: Block,
+        members: list[Layer],
+        hessians: dict[str, compensate.Hessian],
+        ranges: dict[str, InputStatistics],
+    ) -> None:
+        head = None if members[0].module is None else head_of(block, members[0])
+        hessian = hessians.pop(head or "", None)  # gone when its group is done: they are large
+        factor, note = self._factorize(members[0], hessian)
+        squares = hessian.matrix if hessian is not None and factor is not None else None
+        shared = shared_scale(block, members)
+        for layer in members:
+            weight = block.weight(layer)
+            quantized = round_weight(weight, layer.scheme.weight, shared)
+            error = scale = histogram = None
+            if factor is not None and squares is not None:
+                quantized = compensate.gptq(weight, factor, quantized)
+                error = compensate.output_error(weight, quantized, squares)
+            if head in ranges and layer.scheme.input is not None:
+                scale = ranges[head].scale(layer.scheme.input)
+                histogram = ranges[head].histogram(layer.scheme.input, scale)
+            block.emit(layer, weight, quantized, scale, histogram, output_error=error, note=note)
+            if head is not None and block.samples:
+                block.replace(layer, quantized.dequantize())
+
+    def _factorize(
+        self, layer: Layer, hessian: compensate.Hessian | None
+    ) -> tuple[compensate.Factor | None, str]:
+        """Return the factor of a group's Hessian, or None, and what has to be noted about it."""
+        if hessian is None:
+            return None, OUTSIDE if layer.block is None else EXPERT
+        if not hessian.tokens:
+            return None, UNREACHED
+        factor = compensate.factorize(hessian, act_order=self.act_order, damp=self.damp, alpha=self.alpha)
+        if factor is None:
+            return None, SINGULAR
+        return factor, DAMPED if factor.damping > self.damp else ""
+
+
+def _watching(hessian: compensate.Hessian, statistics: InputStatistics | None) -> ObservePair:
+    def watch(inputs: Any, originals: Any) -> None:
+        hessian.update(inputs, originals)
+        if statistics is not None:
+            statistics.update(inputs)
+
+    return watch
+
+
+def _alone(function: ObservePair) -> Any:
+    return lambda inputs: function(inputs, None)
+
+
+def _given(options: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = options.get(name)
+    return default if value is None else value
+
+
+def _share(options: Mapping[str, Any], name: str, default: float) -> float:
+    value = float(_given(options, name, default))
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} is {value}; it is a share.", fix="Use a number from 0 to 1.")
+    return value
+
+
+METHOD = GPTQ

@@ -1,0 +1,165 @@
+"""GPTQ: round a weight column by column and let the columns that are left make up for the error.
+
+A linear layer with weight ``W [out, in]`` and calibration inputs ``X [tokens, in]`` should lose little of its
+*output*: minimise ``Tr((W - Q) H (W - Q)^T)`` with the *Hessian* ``H = X^T X / tokens [in, in]``. Let U be upper
+triangular with ``U^T U = H^-1``. After column j has been rounded, the best correction of the columns to its right
+is ``W[:, j+1:] -= e U[j, j+1:]`` with ``e = (w_j - q_j) / U[j, j]`` (Frantar et al. 2022, arXiv 2210.17323).
+
+* **Static act-order.** Columns with large inputs go first, while many are left to compensate. Scales are those of
+  the original tiles and codes are put back in place, so no engine has to know about it.
+* **Damping.** A share of the mean diagonal is added to H. If the factorisation fails, 10 and 100 times as much are
+  tried, each from the undamped H; if that fails too the caller is told, who has to say so.
+* **Dead inputs**, zero in all of the calibration, are rounded to nearest. The paper sets such weights to zero, which
+  is harmless only if the input is never anything else.
+* **GPTAQ** (Li et al. 2025, arXiv 2504.02692) aims at the outputs that the original model would have had: its
+  layer sees ``X~``, the compressed one X. Column j then also leaves ``w_j (X~_j - X_j)`` behind, and the columns to
+  its right take ``W[:, j+1:] += alpha w_j P[j, j+1:]`` with ``P = triu(D U^T, 1) U``, ``D = (X~ - X)^T X / tokens``.
+  w_j is the column's value just before it is rounded, inside a lazy block and beyond it.
+
+All arithmetic is float32. One `Factor` serves every linear that reads the same input.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quantize import STORAGE, Quantized, round_to, spread, tile_of
+
+LAZY = 128  # columns whose effect on the rest is applied as one matrix product
+DAMP = 0.01
+ALPHA = 0.25  # share of the drift that GPTAQ corrects
+RETRIES = (1.0, 10.0, 100.0)
+
+
+class Hessian:
+    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        self.tokens = 0
+        self._squares = torch.zeros(width, width, device=device)
+        self._drift: Tensor | None = None
+
+    def update(self, inputs: Tensor, originals: Tensor | None = None) -> None:
+        """Take in inputs ``[tokens, in]``, with those of the original model for the same tokens if known."""
+        inputs = inputs.float()
+        self.tokens += inputs.shape[0]
+        self._squares.addmm_(inputs.T, inputs)
+        if originals is not None:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._squares)
+            self._drift.addmm_((originals.float() - inputs).T, inputs)
+
+    @property
+    def matrix(self) -> Tensor:
+        """H, the mean over tokens."""
+        return self._squares / max(self.tokens, 1)
+
+    @property
+    def drift(self) -> Tensor | None:
+        """D, the mean over tokens; None when no originals were given."""
+        return None if self._drift is None else self._drift / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs to know of the inputs; columns are in the order in which they are rounded."""
+
+    order: Tensor  # [in]: the column that comes first, second, ...
+    upper: Tensor  # U [in, in]
+    drift: Tensor | None  # alpha P [in, in], zero on and below the diagonal
+    damping: float  # the share of the mean diagonal that was added
+    dead: int  # inputs that were always zero
+
+
+def inverse_factor(hessian: Tensor, damp: float = DAMP) -> tuple[Tensor, float] | None:
+    """Return (U, damping used) with ``U^T U = (H + damping mean(diag H) I)^-1``; None when every attempt fails.
+
+    With rows and columns reversed, U is the inverse of an ordinary Cholesky factor: one factorisation and one
+    triangular solve, where factoring an explicit inverse needs two and loses digits.
+    """
+    mean = hessian.diagonal().mean()
+    for retry in RETRIES:
+        damping = damp * retry
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # of a wide layer each of these is gigabytes
+        if failed.item() or not lower.diagonal().isfinite().all():
+            continue
+        identity = torch.eye(len(lower), device=lower.device)
+        upper = torch.linalg.solve_triangular(lower, identity, upper=False)
+        del lower, identity
+        upper = upper.flip(0, 1)
+        if upper.isfinite().all():
+            return upper, damping
+    return None
+
+
+def factorize(
+    hessian: Hessian, *, act_order: bool = True, damp: float = DAMP, alpha: float = ALPHA
+) -> Factor | None:
+    """Prepare the rounding of all layers that read one input; None when H cannot be factored, damped or not."""
+    squares = hessian.matrix
+    diagonal = squares.diagonal()
+    dead = diagonal == 0
+    live = diagonal[~dead]
+    diagonal[dead] = live.mean() if len(live) else 1.0
+    columns = torch.arange(len(diagonal), device=diagonal.device)
+    order = torch.where(dead, 0, diagonal).argsort(descending=True, stable=True) if act_order else columns
+    permuted, count = squares[order[:, None], order], int(dead.sum())
+    del squares, diagonal, live
+    found = inverse_factor(permuted, damp)
+    if found is None:
+        return None
+    upper, damping = found
+    drift = hessian.drift
+    if drift is not None:
+        drift = alpha * (drift[order[:, None], order] @ upper.T).triu_(1) @ upper
+    return Factor(order, upper, drift, damping, count)
+
+
+def gptq(weight: Tensor, factor: Factor, rounded: Quantized) -> Quantized:
+    """Choose the codes of a weight ``[out, in]``; scales and zero points are those of `rounded`.
+
+    `rounded` is the same weight rounded to nearest: its scales are in the type in which they will be stored, so
+    the errors that are passed on here are those that an engine makes.
+    """
+    quant, shape = rounded.quant, (weight.shape[0], weight.shape[1])
+    tile = tile_of(quant.granularity, shape)
+    scales = spread(rounded.scale.float(), tile, shape)
+    zeros = None if rounded.zero is None else spread(rounded.zero.float(), tile, shape)
+    order, upper, drift = factor.order, factor.upper, factor.drift
+    work = weight.float().T[order]  # [in, out], so that a column of W is contiguous
+    codes = torch.empty_like(work, dtype=STORAGE[quant.format.kind])
+    for start in range(0, shape[1], LAZY):
+        stop = min(start + LAZY, shape[1])
+        columns = order[start:stop]
+        scale = scales[:, columns].T.contiguous()
+        zero = torch.zeros_like(scale) if zeros is None else zeros[:, columns].T.contiguous()
+        block, errors = work[start:stop], torch.empty_like(scale)
+        for row in range(stop - start):
+            value, column = block[row], start + row
+            code = round_to(value / scale[row] + zero[row], quant.format)
+            restored = (code.float() - zero[row]) * scale[row]
+            errors[row] = (value - restored) / upper[column, column]
+            codes[column] = code
+            block[row + 1 :].addr_(upper[column, column + 1 : stop], errors[row], alpha=-1)
+            if drift is not None:
+                block[row + 1 :].addr_(drift[column, column + 1 : stop], value)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        if drift is not None:
+            work[stop:].addmm_(drift[start:stop, stop:].T, block)
+    in_place = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
+    return Quantized(in_place, rounded.scale, rounded.zero, quant)
+
+
+def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:
+    """Return how much of the layer's output is lost: ``sqrt(Tr(E H E^T) / Tr(W H W^T))``, ``E = W - Q``."""
+    exact = weight.float()
+    lost = exact - quantized.dequantize()
+    noise, signal = (((matrix @ hessian) * matrix).sum().item() for matrix in (lost, exact))
+    return math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0

@@ -29,6 +29,7 @@ RECIPES = {
     "int8_dynamic": ("int8_dynamic", {}),
     "int4_rtn": ("int4_rtn", {}),
     "int4_rtn_asym": ("int4_rtn_asym", {}),
+    "int4_gptq": ("int4_gptq", {"dataset__num_samples": 32, "dataset__max_seq_length": 256}),
 }
 NEW_TOKENS = 48
 

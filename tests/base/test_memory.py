@@ -26,3 +26,17 @@ def test_large_tensors_leave_no_holes():
     grown, peak = map(int, done.stdout.split())
     assert grown < 8 * 2**20  # one group is 32 MB
     assert peak >= 30 * 2**20
+
+
+def test_the_peak_is_this_program_s_own():
+    """A small program started by a large one reports its own peak."""
+    starter = f"""
+import subprocess, sys
+held = bytearray(300 * 2**20)
+for page in range(0, len(held), 4096):
+    held[page] = 1
+program = "from angelslim.base.memory import peak_resident; print(peak_resident())"
+print(subprocess.run([{sys.executable!r}, "-c", program], capture_output=True, text=True, check=True).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True)
+    assert 2**20 < int(done.stdout) < 200 * 2**20

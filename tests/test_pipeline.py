@@ -23,7 +23,7 @@ from angelslim.models.activations import ActivationStore
 from angelslim.models.checkpoint import UnitWriter, write_atomically
 from angelslim.report.record import RunRecord
 from families import save_random
-from tiny import CALIBRATED, edit_json, fingerprints, job_for, qwen3, save_qwen3
+from tiny import CALIBRATED, Killed, dies_at, edit_json, fingerprints, job_for, qwen3, save_qwen3
 
 SPILLING = (*CALIBRATED, "global.activation_budget=20KB")
 
@@ -96,10 +96,6 @@ def test_kill_9_at_two_points_gives_the_same_bytes(
     assert not out.with_name("out.partial").exists()
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: nothing in the package may catch it."""
-
-
 POINTS = {
     # name: (object, attribute, at which call it dies, after the call or instead of it)
     "before the first block is written": (UnitWriter, "write", 0, False),
@@ -119,19 +115,9 @@ def test_death_between_any_two_steps_gives_the_same_bytes(
     point, deep_folder, texts, whole, tmp_path, monkeypatch
 ):
     owner, attribute, when, after = POINTS[point]
-    original, calls = getattr(owner, attribute), []
-
-    def dying(*args, **kwargs):
-        calls.append(None)
-        if len(calls) - 1 != when:
-            return original(*args, **kwargs)
-        if after:
-            original(*args, **kwargs)
-        raise Killed
-
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(owner, attribute, dying)
+        patch.setattr(owner, attribute, dies_at(getattr(owner, attribute), when, after))
         with pytest.raises(Killed):
             pipeline.run(static_job(deep_folder, texts), out)
     assert not out.exists()

@@ -127,3 +127,22 @@ def fingerprints(folder: Path) -> dict[str, str]:
 
     files = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the package may catch it."""
+
+
+def dies_at(original: Any, when: int, after: bool) -> Any:
+    """Wrap a function so that its call number `when` (0-based) ends the process, before or after its work."""
+    calls = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) - 1 != when:
+            return original(*args, **kwargs)
+        if after:
+            original(*args, **kwargs)
+        raise Killed
+
+    return call

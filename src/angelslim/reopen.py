@@ -132,8 +132,8 @@ def _quantize_inputs(
         module = model.get_submodule(target.parameter.rpartition(".")[0])
         if not isinstance(module, nn.Linear):
             continue  # one expert of a fused stack has no input of its own to hook
-        scale = checkpoint.restore(name).input_scale
-        scale = None if scale is None else scale.to(device).reshape(1, 1)
+        stored = checkpoint.restore(name).input_scale if scheme.needs_data else None
+        scale = None if stored is None else stored.to(device).reshape(1, 1)
         module.register_forward_pre_hook(_quantizer(scheme.input, scale))
 
 

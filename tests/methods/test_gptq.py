@@ -23,7 +23,7 @@ from angelslim.numerics.scheme import PRESETS, with_group
 from angelslim.plan import activation_bytes, peak_memory
 from angelslim.reopen import load
 from families import save_random
-from tiny import byte_tokenizer, fingerprints, job_for, save_qwen3
+from tiny import Killed, byte_tokenizer, dies_at, fingerprints, job_for, save_qwen3
 
 CPU = torch.device("cpu")
 QUANT = "compression.quantization"
@@ -166,10 +166,6 @@ def test_no_alpha_is_gptq(tiny_folder, texts, tmp_path):
 # ---------------------------------------------------------------------------------- killed and continued
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 POINTS = {
     "between a unit and its record": (UnitWriter, "write", 3, True),
     "after a record, before the activations": (ActivationStore, "commit", 2, False),
@@ -192,18 +188,8 @@ def test_death_between_any_two_steps_gives_the_same_bytes(
 ):
     recipe, expected = whole
     owner, attribute, when, after = POINTS[point]
-    original, calls = getattr(owner, attribute), []
-
-    def dying(*args, **kwargs):
-        calls.append(None)
-        if len(calls) - 1 != when:
-            return original(*args, **kwargs)
-        if after:
-            original(*args, **kwargs)
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, attribute, dying)
+        patch.setattr(owner, attribute, dies_at(getattr(owner, attribute), when, after))
         with pytest.raises(Killed):
             pipeline.run(gptq_job(deep_folder, texts, recipe), tmp_path / "out")
     written: list[str] = []

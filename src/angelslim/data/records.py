@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..base.errors import DataError, MissingExtra
 from .chat import Messages
+from .offline import hub_offline
 
 Record = str | Messages
 
@@ -153,7 +153,7 @@ def _read_hub(name: str) -> Iterator[Record]:
     datasets = _datasets(f"Reading the data set {name!r}")
     repository, _, config = name.partition(",")
     try:
-        with _offline():
+        with hub_offline():
             rows = datasets.load_dataset(repository, config or None, split="train")
     except (OSError, ValueError) as error:  # what the library raises for a data set that is not in the cache
         command = f"datasets.load_dataset({repository!r}" + (f", {config!r})" if config else ")")
@@ -163,20 +163,3 @@ def _read_hub(name: str) -> Iterator[Record]:
         ) from error
     for index, row in enumerate(rows):
         yield to_record(row, f"{name}, row {index}")
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Keep the hub's libraries from the network; both read their switch once, when they are imported."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    switches: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    try:
-        for switch in switches:
-            switch.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..base.errors import DataError, MissingExtra, did_you_mean
 from ..data import builtin
+from ..data.offline import hub_offline
 from ..models.checkpoint import write_atomically
 from .base import Score
 from .inference import device_of, stop_tokens
@@ -55,7 +56,7 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with _offline(offline), _quiet():
+    with hub_offline(offline), _quiet():
         folder = str(include_path) if include_path else None
         # The harness's own tasks need the hub: without it, only the local folder is worth indexing.
         manager = TaskManager(include_path=folder, include_defaults=not (offline and folder))
@@ -156,23 +157,6 @@ def _check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
     for task in tasks:
         if task not in known:
             raise DataError(f"The harness knows no task {task!r}.", fix=did_you_mean(task, known))
-
-
-@contextmanager
-def _offline(wanted: bool) -> Iterator[None]:
-    """Keep the hub clients from the network. They read the environment once, at import: hence the switch."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    clients: list[Any] = [huggingface_hub.constants, datasets.config] if wanted else []
-    before = [client.HF_HUB_OFFLINE for client in clients]
-    try:
-        for client in clients:
-            client.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for client, value in zip(clients, before, strict=True):
-            client.HF_HUB_OFFLINE = value
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def evaluate(
     calibration ever reads, and False measures none. The examples come from that split too, half of them with
     thinking.
     """
-    passage = read_text(text) if isinstance(text, Path) else evaluation_text()
+    passage = "" if text is False else read_text(text) if isinstance(text, Path) else evaluation_text()
     drawn = {task: builtin.examples(task, "evaluation", samples, seed=seed) for task in tasks}
     scores = []
     if text is not False:

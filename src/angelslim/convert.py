@@ -1,13 +1,15 @@
 """Layer 7: rewrite a compressed folder in another checkpoint format that holds the same numbers, bit for bit.
 
-Codes and scales are read layer by layer and written again; nothing is rounded, so the two folders dequantize to
-identical weights. A format that cannot hold the scheme is refused with the reason.
+Codes and scales are read layer by layer and written again; nothing is rounded, and each layer is read back from what
+was made of it before it is written, so the two folders dequantize to identical weights. A format that cannot hold
+the numbers is refused with the reason, and leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +17,130 @@ import torch
 from torch import Tensor
 
 from .base.console import bar
-from .base.errors import ModelError, UserError
-from .export.base import choose
-from .job import KEPT_FILES
+from .base.errors import ConfigError, ModelError, SchemeError, UserError, did_you_mean
+from .export._checkpoint import QuantizedCheckpoint, open_any
+from .export._same import check_equal, respelled, suited
+from .export.base import FILES, FORMATS, Exporter, Restored, refusal
+from .job import KEPT_FILES, NEVER_COPIED
 from .models.checkpoint import UnitWriter, read_tensor, write_atomically
-from .models.loading import load_config
-from .reopen import QuantizedCheckpoint, open_quantized
+from .models.loading import Source
+from .models.select import kept_matrices
+from .numerics.scheme import Scheme
 
 MAX_SHARD = 5 * 10**9
 LAYERS_PER_UNIT = 32
 
 
 def convert(folder: Path, wanted: str, out: Path) -> None:
-    """Write the compressed model in `folder` to `out` in the format called `wanted`."""
+    """Write the compressed model in `folder` to `out` in the format called `wanted`: a folder, or one file."""
     if out.exists():
         raise UserError(f"{out} already exists.", fix="Choose another --out.")
-    checkpoint, config = open_compressed(folder)
-    _, exporter = choose(set(checkpoint.schemes.values()), wanted)
-    settings = config["quantization_config"]
-    kept = settings.get("ignore") or settings.get("modules_to_not_convert") or []
-    config["quantization_config"] = exporter.config(checkpoint.schemes, kept)
+    name = wanted.replace("-", "_")
+    if name not in FILES and name not in FORMATS:
+        raise ConfigError(f"Unknown format {wanted!r}.", fix=did_you_mean(name, [*FORMATS, *FILES]))
+    source, checkpoint = open_compressed(folder)
+    if name in FILES:
+        FILES.get(name).write(source, out)
+        return
+    exporter = FORMATS.get(name)
+    schemes = {layer: suited(scheme, exporter) for layer, scheme in checkpoint.schemes.items()}
+    shapes = {layer: _shape(checkpoint, layer) for layer in schemes}
+    if reason := refusal(exporter, schemes, shapes):
+        raise SchemeError(
+            f"Format {wanted!r} cannot hold {reason}.",
+            fix="Choose another format, or compress the original model again with quantization.format set to this one.",
+        )
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = _settings(source, checkpoint, exporter, schemes)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    result = partial / "result"
-    result.mkdir(parents=True)
-    writer = UnitWriter(partial / "units")
-    plain = [
-        name
-        for name in checkpoint.stored
-        if name.rpartition(".")[0] not in checkpoint.parts or name.endswith(".bias")
-    ]
-    names = list(checkpoint.parts)
-    units = []
+    try:
+        result = partial / "result"
+        result.mkdir(parents=True)
+        writer = UnitWriter(partial / "units")
+        units = [*_write_layers(checkpoint, exporter, schemes, writer), *_write_plain(checkpoint, writer)]
+        for pattern in KEPT_FILES:
+            for file in folder.glob(pattern):
+                if file.name not in NEVER_COPIED:
+                    shutil.copyfile(file, result / file.name)
+        write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        writer.finish(units, result, MAX_SHARD)
+        result.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _shape(checkpoint: QuantizedCheckpoint, layer: str) -> tuple[int, int]:
+    rows, columns = checkpoint.tensors[f"{layer}.weight"].shape
+    return rows, columns
+
+
+def _settings(
+    source: Source, checkpoint: QuantizedCheckpoint, exporter: Exporter, schemes: Mapping[str, Scheme]
+) -> dict[str, Any]:
+    """Return the new ``quantization_config``; the layers left alone are found in the model, not in the old one."""
+    targets = (source.targets.get(f"{name}.weight") for name in schemes)
+    modules = {target.parameter.removesuffix(".weight") for target in targets if target is not None}
+    settings = exporter.config(schemes, kept_matrices(source, modules))
+    cache = checkpoint.settings.get("kv_cache_scheme")
+    if cache and "kv_cache_scheme" not in settings:
+        raise SchemeError(
+            f"The format cannot hold the scales of the KV cache in {checkpoint.folder}.",
+            fix="Use --format compressed_tensors.",
+        )
+    return settings | ({"kv_cache_scheme": cache} if cache else {})
+
+
+def _write_layers(
+    checkpoint: QuantizedCheckpoint, exporter: Exporter, schemes: Mapping[str, Scheme], writer: UnitWriter
+) -> list[str]:
+    """Rewrite the quantized layers, some at a time; return the units."""
+    names, units = list(schemes), []
     with bar("converting", len(names)) as progress:
         for start in range(0, len(names), LAYERS_PER_UNIT):
             tensors: dict[str, Tensor] = {}
             for name in names[start : start + LAYERS_PER_UNIT]:
-                layer = checkpoint.restore(name)
-                tensors |= exporter.tensors(name, layer.weight, layer.scheme, layer.input_scale)
+                layer, scheme = checkpoint.restore(name), schemes[name]
+                weight = respelled(layer.weight, scheme.weight, name)
+                made = exporter.tensors(name, weight, scheme, layer.input_scale)
+                check_equal(
+                    exporter.restore(name, made, scheme), Restored(weight, scheme, layer.input_scale), name
+                )
+                tensors |= made
                 progress.advance()
             units.append(f"layers-{start:06d}")
             writer.write(units[-1], tensors)
-    for index, name in enumerate(plain):
-        units.append(f"plain-{index:06d}")
-        writer.write(units[-1], {name: read_tensor(checkpoint.stored[name])})
-    for pattern in KEPT_FILES:
-        for file in folder.glob(pattern):
-            if file.name != "model.safetensors.index.json":
-                shutil.copyfile(file, result / file.name)
-    write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    writer.finish(units, result, MAX_SHARD)
-    result.rename(out)
-    shutil.rmtree(partial)
+    return units
 
 
-def open_compressed(folder: Path) -> tuple[QuantizedCheckpoint, dict[str, Any]]:
+def _write_plain(checkpoint: QuantizedCheckpoint, writer: UnitWriter) -> list[str]:
+    """Copy the tensors that belong to no quantized layer; return the units."""
+    parts = {part for parts in checkpoint.parts.values() for part in parts}
+    units = []
+    for index, (name, info) in enumerate(checkpoint.stored.items()):
+        if name not in parts:
+            units.append(f"plain-{index:06d}")
+            writer.write(units[-1], {name: read_tensor(info)})
+    return units
+
+
+def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
     """Open a compressed folder; a plain model is a `ModelError`."""
-    config = load_config(folder)
-    if getattr(config, "quantization_config", None) is None:
+    source = open_any(folder)
+    if not isinstance(source.checkpoint, QuantizedCheckpoint):
         raise ModelError(f"{folder} is not quantized.", fix="Compress it first: angelslim run METHOD MODEL.")
-    return open_quantized(folder, config), json.loads((folder / "config.json").read_text("utf-8"))
+    return source, source.checkpoint
 
 
 def check(folder: Path) -> int:
-    """Decode every layer of a compressed folder and look for what engines would trip over; return the count.
+    """Decode every layer of a compressed folder or file and look for what engines would trip over.
 
-    Codes and scales must agree in shape, scales must be finite and positive, decoded weights finite.
+    Codes and scales must agree in shape, scales must be finite and positive, decoded weights finite. Returns how
+    many layers there are.
     """
-    checkpoint, _ = open_compressed(folder)
+    if folder.is_file() and folder.suffix[1:] in FILES:
+        return FILES.get(folder.suffix[1:]).check(folder)
+    _, checkpoint = open_compressed(folder)
     with bar("checking", len(checkpoint.parts)) as progress:
         for name in checkpoint.parts:
             layer = checkpoint.restore(name)

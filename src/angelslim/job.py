@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ import torch
 
 from . import __version__
 from .base.console import chose, log
-from .base.errors import ConfigError, DataError, ResourceError, SchemeError
+from .base.errors import ConfigError, DataError, ModelError, ResourceError, SchemeError
 from .base.memory import return_large_blocks
 from .config.recipe import Resolved
 from .config.schema import Config
 from .config.upstream import Stage, stages
 from .data import builtin
+from .export._checkpoint import QuantizedCheckpoint, open_any
 from .export.base import Exporter, choose
-from .methods.base import PTQ, Blockwise
-from .models.loading import Source, open_model
+from .methods.base import PTQ, REWRITES, TRANSFORMS, Blockwise
+from .models.experts import streamable
+from .models.loading import Source
 from .models.select import Choice, Selection, select
 from .numerics.scheme import Scheme
 
@@ -51,8 +53,10 @@ class Job:
     resolved: Resolved
     config: Config
     source: Source
-    stage: Stage
+    stage: Stage  # the rounding
     scheme: Scheme
+    rewrites: tuple[str, ...]  # changes of the whole checkpoint that `source` already has
+    transforms: tuple[Blockwise, ...]  # run in each block before the method
     method: Blockwise
     selection: Selection
     format: str
@@ -63,7 +67,12 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether the model has to run."""
-        return self.method.needs_data(self.scheme)
+        return any(step.needs_data(self.scheme) for step in (*self.transforms, self.method))
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether the original model's activations travel beside."""
+        return any(step.follows_original for step in (*self.transforms, self.method))
 
     @property
     def name(self) -> str:
@@ -101,21 +110,25 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
             "Token pruning and the flat collection scripts are understood but not built yet.",
             fix="`angelslim ls` shows what runs today.",
         )
-    stage = _only_stage(stages(config))
+    work = stages(config)
+    stage = _rounding(work)
     reference = model or config.model.model_path
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     assert stage.scheme is not None
     method = PTQ.get(stage.method)(stage.options)
-    _report_unused(resolved, stage, method)
-    quantization = config.compression[0].quantization
-    assert quantization is not None
-    _check_inputs(config, method.needs_data(stage.scheme))
-    source = open_model(reference, trust_remote_code=config.model.trust_remote_code)
-    source.check()
-    _check_dtype(config, source)
+    _report_unused(resolved, stage, method.reads)
+    transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
+    steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
+    quantization = next(each.quantization for each in config.compression if each.quantization)
+    _check_inputs(config, any(step.needs_data(stage.scheme) for step in (*steps, method)))
+    source = _open(reference, config)
+    rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
+    for each in rewrites:
+        source = REWRITES.get(each.method)(each.options).rewrite(source)
     choice = Choice(
         ignore=stage.ignore,
+        overrides=stage.overrides,
         head=quantization.quantize_lm_head,
         embeddings=quantization.quantize_embeddings,
         towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
@@ -123,36 +136,61 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     selection = select(source, stage.scheme, choice)
     if not selection.layers:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
-    _check_static(selection)
-    schemes = {layer.scheme for layer in selection.layers}
-    format_name, exporter = choose(schemes, quantization.format)
-    device = _device(config.global_.device)
-    units = _units(source)
+    _check_static(source, selection)
+    schemes = {layer.name: layer.scheme for layer in selection.layers}
+    shapes = {layer.name: layer.shape for layer in selection.layers}
+    format_name, exporter = choose(schemes, quantization.format, shapes)
+    layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
+    selection = replace(selection, layers=tuple(layers))
     return Job(
-        resolved, config, source, stage, stage.scheme, method, selection, format_name, exporter, device, units
+        resolved=resolved,
+        config=config,
+        source=source,
+        stage=stage,
+        scheme=stage.scheme,
+        rewrites=tuple(each.method for each in rewrites),
+        transforms=steps,
+        method=method,
+        selection=selection,
+        format=format_name,
+        exporter=exporter,
+        device=_device(config.global_.device),
+        units=_units(source),
     )
 
 
-def _only_stage(found: Sequence[Stage]) -> Stage:
-    for stage in found:
-        if stage.kind != "ptq" or stage.method not in PTQ or stage.scheme is None:
+def _rounding(work: Sequence[Stage]) -> Stage:
+    """Return the one stage that rounds, after refusing what is not built."""
+    for stage in work:
+        known = stage.method in PTQ if stage.kind == "ptq" else stage.method in {*TRANSFORMS, *REWRITES}
+        if stage.kind not in ("ptq", "transform") or not known or (stage.kind == "ptq" and not stage.scheme):
             raise ConfigError(
                 f"Understood, but not built yet: {stage.kind} method {stage.method!r}.",
                 fix=f"Built methods: {', '.join(PTQ)}; `angelslim ls` lists the recipes that run.",
             )
-        if stage.scheme.kv is not None:
-            raise ConfigError(
-                "Understood, but not built yet: quantization of the KV cache.",
-                fix="Remove quant_method.kv_cache.",
-            )
-    if len(found) != 1:
-        what = (
-            "names no compression"
-            if not found
-            else f"asks for {len(found)} quantizations of the same weights"
-        )
+    rounding = [stage for stage in work if stage.kind == "ptq"]
+    if len(rounding) != 1:
+        asked = f"asks for {len(rounding)} quantizations of the same weights"
+        what = asked if rounding else "names no quantization"
         raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
-    return found[0]
+    return rounding[0]
+
+
+def _open(reference: str | Path, config: Config) -> Source:
+    """Open the model; one that was published in FP8 is decoded as it is read."""
+    source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
+    checkpoint = source.checkpoint
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        kinds = {scheme.weight.format for scheme in checkpoint.schemes.values()}
+        if any(kind.kind == "int" or kind.bits < 8 for kind in kinds):
+            raise ModelError(
+                f"{source.folder} is already quantized ({checkpoint.exporter.method}).",
+                fix="Start from the full-precision model instead.",
+            )
+        chose(f"decoding {checkpoint.exporter.method} as it is read", "the model was published in FP8")
+    source.check()
+    _check_dtype(config, source)
+    return source
 
 
 def _check_inputs(config: Config, calibrates: bool) -> None:
@@ -173,7 +211,7 @@ def _check_inputs(config: Config, calibrates: bool) -> None:
             )
 
 
-def _check_static(selection: Selection) -> None:
+def _check_static(source: Source, selection: Selection) -> None:
     """Refuse static activation scales where the calibration has no input to look at."""
     static = [layer for layer in selection.layers if layer.scheme.needs_data]
     outside = [layer.name for layer in static if layer.block is None]
@@ -182,19 +220,27 @@ def _check_static(selection: Selection) -> None:
             f"{outside[0]!r} lies outside the blocks and cannot get a static activation scale.",
             fix="Leave the head in full precision, or use a dynamic scheme.",
         )
-    experts = [layer.name for layer in static if layer.module is None]
+    streamed = {
+        tensor
+        for block in source.structure.blocks
+        for experts in streamable(source, block).values()
+        for expert in experts
+        for tensor in (*expert.first, expert.last)
+    }
+    experts = [layer.name for layer in static if layer.module is None and layer.tensor not in streamed]
     if experts:
         raise SchemeError(
-            f"Static activation scales for fused experts are not built yet ({experts[0]} and {len(experts) - 1} more).",
+            f"Static activation scales for stacked experts of this layout are not built ({experts[0]} and "
+            f"{len(experts) - 1} more).",
             fix="Use a scheme with dynamic activations, or add 'experts' to ignore_layers.",
         )
 
 
-def _report_unused(resolved: Resolved, stage: Stage, method: Blockwise) -> None:
+def _report_unused(resolved: Resolved, stage: Stage, reads: frozenset[str]) -> None:
     """Warn of switches without effect: a result that silently differs from its recipe would be a lie."""
     for key, value in stage.options.items():
         text = f"quantization.{key} has no effect on {stage.method} here."
-        if value and key not in method.reads | READ_HERE and text not in resolved.warnings:
+        if value and key not in reads | READ_HERE and text not in resolved.warnings:
             log.warning("%s", text)
             resolved.warnings.append(text)
 

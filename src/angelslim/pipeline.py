@@ -15,80 +15,33 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from .base.console import bar, chose, log
-from .base.errors import DataError, ModelError, ResourceError, UserError
-from .base.memory import peak_resident, trim
+from .base.console import chose, log
+from .base.errors import ModelError, ResourceError, UserError
+from .base.memory import peak_resident
 from .config.files import write_yaml
 from .data import builtin
-from .data.text import calibration_batches
 from .evaluate.base import Score
 from .evaluate.suite import evaluate
-from .job import KEPT_FILES, NEVER_COPIED, Job, Unit
-from .models.activations import ActivationStore
+from .job import KEPT_FILES, NEVER_COPIED, Job
 from .models.builtin import BUILTIN
 from .models.checkpoint import UnitWriter, write_atomically
-from .models.select import groups_by_linear
-from .models.walk import Block, BlockStream
+from .models.select import kept_matrices
 from .numerics.error import LayerRecord
 from .plan import check_disk
 from .reopen import load
 from .report.card import write_card
 from .report.html import write_html
 from .report.record import RunRecord
+from .work import Done, Workplace, compress_units, has_tokenizer, tokenizer_of
 
 PACKAGES = ("angelslim", "torch", "transformers", "safetensors", "compressed-tensors")
-TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 SMALL_MODEL = 300_000_000  # parameters up to which a run measures perplexity unasked on a CPU
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """The folders of an unfinished run."""
-
-    root: Path  # OUT.partial
-
-    @property
-    def units(self) -> Path:
-        """Finished units, one safetensors file each."""
-        return self.root / "units"
-
-    @property
-    def records(self) -> Path:
-        """What was done to the layers of each finished unit, as JSON."""
-        return self.root / "records"
-
-    @property
-    def activations(self) -> Path:
-        """Hidden states between blocks."""
-        return self.root / "activations"
-
-    @property
-    def result(self) -> Path:
-        """The folder that becomes the output."""
-        return self.root / "result"
-
-    def open(self, fingerprint: str) -> bool:
-        """Create the folders, or continue an unfinished run; return whether one was continued."""
-        marker = self.root / "job.json"
-        resumed = marker.exists()
-        if resumed and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{self.root} holds an unfinished run of another recipe or model.",
-                fix="Finish it with its own command, or delete that folder.",
-            )
-        for folder in (self.units, self.records, self.activations, self.result):
-            folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
-        return resumed
 
 
 def run(
@@ -117,13 +70,13 @@ def run(
         if resumed:
             log.info("Continuing the unfinished run in %s", workplace.root)
         try:
-            layers = _compress(job, workplace)
+            done = compress_units(job, workplace)
         except UserError:
             if not resumed:  # what has to be mended makes it another run, which could not continue this one
                 shutil.rmtree(workplace.root)
             raise
         _assemble(job, workplace)
-        record = _record(job, layers, workplace, command, fingerprint)
+        record = _record(job, done, workplace, command, fingerprint)
         _measure(job, workplace, record, before)
         record.seconds = round(time.perf_counter() - started, 3)
         record.peak_memory_bytes = peak_resident()
@@ -162,84 +115,6 @@ def _finished(job: Job, out: Path, fingerprint: str, overwrite: bool) -> RunReco
     return record
 
 
-def _compress(job: Job, workplace: Workplace) -> list[LayerRecord]:
-    """Quantize and write every unit that is not on disk yet; return the records of all."""
-    writer = UnitWriter(workplace.units)
-    groups = groups_by_linear(job.source)
-    blocks = [unit for unit in job.units if unit.block is not None]
-    outside = [unit for unit in job.units if unit.block is None]
-    stream = _open_stream(job, workplace, writer, blocks) if job.calibrates else None
-    with bar("quantizing", len(job.units)) as progress:
-        for unit in [*blocks, *outside]:
-            records_file = workplace.records / f"{unit.name}.json"
-            if not (writer.has(unit.name) and records_file.exists()):
-                records = _process(job, unit, writer, groups, stream if unit.block is not None else None)
-                write_atomically(records_file, json.dumps([asdict(item) for item in records]).encode())
-                if stream is not None and unit.block is not None:
-                    stream.store.commit(unit.block + 1)
-                    write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
-                    stream.store.forget(unit.block)
-            trim()
-            progress.advance()
-    loaded = (json.loads((workplace.records / f"{unit.name}.json").read_text("utf-8")) for unit in job.units)
-    return [LayerRecord.from_dict(raw) for records in loaded for raw in records]
-
-
-def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
-    data = job.config.dataset
-    samples = calibration_batches(
-        tokenizer_of(job.source.folder),
-        data.data_path,
-        samples=data.num_samples,
-        max_length=data.max_seq_length,
-        seed=job.config.global_.seed,
-    )
-    vocabulary = job.source.config.get_text_config().vocab_size
-    if max(int(ids.max()) for ids in samples) >= vocabulary:
-        raise DataError(
-            "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
-        )
-    store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
-    follow = job.method.follows_original
-    stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
-    marker = workplace.root / "next_block"
-    first = int(marker.read_text()) if marker.exists() else 0
-    if not store.complete(first, stream.entries):
-        first = 0
-    for unit in blocks:
-        assert unit.block is not None
-        if unit.block >= first:  # what lies beyond the last committed generation is done again
-            writer.path(unit.name).unlink(missing_ok=True)
-    stream.prepare(first)
-    return stream
-
-
-def _process(
-    job: Job, unit: Unit, writer: UnitWriter, groups: dict[str, Any], stream: BlockStream | None
-) -> list[LayerRecord]:
-    inside = set(unit.tensors)
-    layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
-    block = Block(job.source, unit.block, layers, groups, job.device)
-    if stream is not None and unit.block is not None:
-        block.stream, block.samples = stream, len(stream.samples)
-        with stream.resident(unit.block):
-            job.method.process(block)
-            if not block.advanced:
-                block.advance()
-    else:
-        job.method.process(block)
-    done = {result.layer.tensor for result in block.results}
-    missing = [layer.name for layer in layers if layer.tensor not in done]
-    assert not missing, f"{job.stage.method} left out {missing[:3]}"
-    tensors = {name: job.source.checkpoint.read(name) for name in unit.tensors if name not in done}
-    for result in block.results:
-        tensors |= job.exporter.tensors(
-            result.layer.name, result.weight, result.layer.scheme, result.input_scale
-        )
-    writer.write(unit.name, tensors)
-    return [result.record for result in block.results]
-
-
 def _assemble(job: Job, workplace: Workplace) -> None:
     """Join the units into shards and write what makes them a model folder."""
     result = workplace.result
@@ -250,28 +125,13 @@ def _assemble(job: Job, workplace: Workplace) -> None:
                 shutil.copyfile(file, result / file.name)
     config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
     schemes = {layer.name: layer.scheme for layer in job.selection.layers}
-    config["quantization_config"] = job.exporter.config(schemes, _kept_matrices(job))
+    config |= job.source.edits
+    kept = kept_matrices(job.source, {layer.module for layer in job.selection.layers})
+    config["quantization_config"] = job.exporter.config(schemes, kept)
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     UnitWriter(workplace.units).finish(
         [unit.name for unit in job.units], result, job.config.global_.max_shard_size
     )
-
-
-def _kept_matrices(job: Job) -> list[str]:
-    """Matrices in full precision that engines might take for linears, by the model's and the checkpoint's names.
-
-    Routers belong to them: transformers computes them as functions, vLLM builds them as linears.
-    """
-    structure = job.source.structure
-    quantized = {layer.module for layer in job.selection.layers}
-    routers = {name for groups in structure.groups.values() for group in groups for name in group.others}
-    kept = [name for name in structure.linears if name not in quantized]
-    stored = [
-        tensor.removesuffix(".weight")
-        for tensor, target in job.source.targets.items()
-        if target.pattern is None and target.parameter.removesuffix(".weight") in routers | set(kept)
-    ]
-    return list(dict.fromkeys([*kept, *stored]))
 
 
 def _measure(job: Job, workplace: Workplace, record: RunRecord, before: Sequence[Score] | None) -> None:
@@ -305,28 +165,8 @@ def measure(job: Job, folder: Path) -> list[Score]:
     )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Say whether a model folder holds the files of a tokenizer."""
-    return any(file for pattern in TOKENIZERS for file in folder.glob(pattern))
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
-    from transformers import AutoTokenizer
-
-    fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
-    if not has_tokenizer(folder):  # transformers would make an empty one up for some families
-        raise ModelError(f"{folder} has no usable tokenizer (no file of one).", fix=fix)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ModelError(f"{folder} has no usable tokenizer ({reason}).", fix=fix) from error
-
-
-def _record(
-    job: Job, layers: list[LayerRecord], workplace: Workplace, command: str, fingerprint: str
-) -> RunRecord:
+def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprint: str) -> RunRecord:
+    layers = done.layers
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     files = sorted(workplace.result.glob("*.safetensors"))
     return RunRecord(
@@ -342,6 +182,7 @@ def _record(
         seconds=0.0,
         peak_memory_bytes=0,
         layers=layers,
+        experts=done.experts,
         skipped=job.selection.skipped,
         config=job.resolved.raw,
         provenance=job.resolved.provenance,

@@ -109,7 +109,7 @@ def activation_bytes(job: Job) -> int:
         return 0
     hidden: int = job.source.config.get_text_config().hidden_size
     data = job.config.dataset
-    streams = 2 if job.method.follows_original else 1
+    streams = 2 if job.follows_original else 1
     return streams * data.num_samples * data.max_seq_length * hidden * job.source.dtype.itemsize
 
 
@@ -128,7 +128,8 @@ def peak_memory(job: Job) -> int:
         result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in quantized)
         source = sum(tensors[layer.tensor].nbytes for layer in quantized) if job.calibrates else 0
         largest = max((layer.shape[0] * layer.shape[1] for layer in quantized), default=0)
-        own = job.method.working_memory(quantized, groups) if unit.block is not None else 0
+        steps = (*job.transforms, job.method) if unit.block is not None else ()
+        own = max((step.working_memory(quantized, groups) for step in steps), default=0)
         worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest + own)
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
     return LIBRARIES + worst + activations

@@ -2,6 +2,7 @@ import pytest
 
 from angelslim.base.errors import ConfigError
 from angelslim.config import load, stages
+from angelslim.config.schemes import EXTRA
 from angelslim.config.upstream import METHODS
 from angelslim.numerics.scheme import PRESETS
 
@@ -38,6 +39,16 @@ def ask(name, _section=None, **method):
         ("int4_gptq", {"weight": "per-channel"}, "gptq", "W int4 per-channel"),
         ("w4a8_fp8", {"weight": "per-group", "group_size": 128, "activation": "per-tensor"}, "rtn",
          "W int4 per-group 128, A fp8_e4m3 per-tensor static"),
+        ("w4a8_fp8", {}, "rtn", "W int4 per-group 128 (fp8_channel scales), A fp8_e4m3 per-token dynamic"),
+        ("w4a8_fp8_static", {}, "rtn", "W int4 per-group 128, A fp8_e4m3 per-tensor static"),
+        ("nvfp4_weight_only", {"weight": "per-block", "group_size": 16}, "rtn",
+         "W fp4_e2m1 per-group 16 (e4m3 scales)"),
+        ("nvfp4", {"weight": "per-group", "activation": "per-tensor"}, "rtn",
+         "W fp4_e2m1 per-group 16 (e4m3 scales), A fp4_e2m1 per-group 16 dynamic (e4m3 scales)"),
+        ("nvfp4_gptq", {"actorder": True}, "gptq", "W fp4_e2m1 per-group 16 (e4m3 scales)"),
+        ("mxfp4", {}, "rtn", "W fp4_e2m1 per-group 32 (e8m0 scales), A fp4_e2m1 per-group 32 dynamic (e8m0 scales)"),
+        ("mxfp4_weight_only", {"group_size": 32}, "rtn", "W fp4_e2m1 per-group 32 (e8m0 scales)"),
+        ("mxfp8", {}, "rtn", "W fp8_e4m3 per-group 32 (e8m0 scales), A fp8_e4m3 per-group 32 dynamic (e8m0 scales)"),
         ("w4a8i8", {}, "rtn", "W int4 per-group 128, A int8 per-token dynamic"),
     ],
 )  # fmt: skip
@@ -54,9 +65,7 @@ def test_presets_stay_presets():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_public_method_name_gives_a_stage(name):
     stage = ask(name)
-    assert stage.method
-    if stage.scheme is None:
-        assert stage.method == name, "what the numerics cannot express keeps its public name"
+    assert stage.method and stage.scheme is not None
 
 
 def test_formats_that_the_numerics_lack_keep_every_word():
@@ -116,6 +125,43 @@ def test_explicit_schemes():
     assert str(ask("int4_gptq", {"scheme": "int4"}, group_size=32).scheme) == "W int4 per-group 32"
 
 
+def test_every_named_scheme_can_be_asked_for():
+    for name, scheme in {**PRESETS, **EXTRA}.items():
+        assert ask("int4_gptq", {"scheme": name}).scheme == scheme
+        assert ask("int4_gptq", {"scheme": name.replace("_", "-")}).scheme == scheme
+
+
+def test_small_scales_can_be_spelled_out():
+    tensor = {"format": "fp4_e2m1", "granularity": "per-group", "group_size": 16, "scale": "e4m3"}
+    spec = {"weight": tensor, "input": {**tensor, "dynamic": True}}
+    assert stages(load({"compression": {"quantization": {"scheme": spec}}}).config)[0].scheme == PRESETS["nvfp4"]
+
+
+def test_overrides_keep_their_order():
+    section = {
+        "overrides": [
+            {"match": ["o_proj", r"re:.*\.experts\."], "scheme": "w4a8_fp8"},
+            {"match": "router", "scheme": "none"},
+            {"match": "down_proj", "scheme": {"weight": {"format": "int8", "granularity": "per-channel"}}},
+            {"match": "mlp", "quant_method": {"block_size": [64, 64]}},
+        ]
+    }
+    stage = ask("fp8_block", section)
+    assert stage.scheme == PRESETS["fp8_block"]
+    w4a8 = PRESETS["w4a8_fp8"]
+    assert stage.overrides[:3] == (("o_proj", w4a8), (r"re:.*\.experts\.", w4a8), ("router", None))
+    assert [(entry, str(scheme)) for entry, scheme in stage.overrides[3:]] == [
+        ("down_proj", "W int8 per-channel"),
+        ("mlp", "W fp8_e4m3 per-block 64x64, A fp8_e4m3 per-group 64 dynamic"),
+    ]
+    assert "; router: full precision; down_proj: W int8 per-channel; " in str(stage)
+
+
+def test_an_override_that_is_no_pattern_is_refused():
+    with pytest.raises(ConfigError, match=r"'re:\*' is not a regular expression"):
+        ask("fp8_block", {"overrides": [{"match": "re:*", "scheme": "int4"}]})
+
+
 def test_training_schemes_come_from_the_plugin_or_else_from_the_quantization():
     plugin = {
         "quant_config": {
@@ -157,6 +203,14 @@ def test_pruning_stages_keep_place_and_arguments():
         ({"name": "fp8_static", "quant_method": {"zero_point": True}}, r"zero point on fp8_e4m3"),
         ({"name": "fp8_static", "quant_method": {"kv_cache": "per-token"}}, r"KV cache cannot be per-token"),
         ({}, r"names neither a method nor a scheme"),
+        ({"name": "nvfp4", "quant_method": {"group_size": 32}}, r"quant_method: .* symmetric groups of 16, and no others"),
+        ({"name": "mxfp4", "quant_method": {"weight": "per-channel"}}, r"symmetric groups of 32"),
+        ({"name": "mxfp8", "quant_method": {"activation": "per-token"}}, r"symmetric groups of 32"),
+        ({"scheme": {"weight": {"format": "int8", "granularity": "per-group", "scale": "e8m0"}}},
+         r"scheme.weight: e8m0 scales are for symmetric groups of 32 of fp4_e2m1 or fp8_e4m3 values"),
+        ({"scheme": "int4", "overrides": [{"match": "down_proj"}]}, r"overrides.0: The override changes nothing"),
+        ({"scheme": "int4", "overrides": [{"match": "down_proj", "scheme": "int9"}]},
+         r"overrides.0.scheme: Unknown scheme 'int9'"),
         ({"scheme": "int4_x"}, r"Unknown scheme 'int4_x'. Did you mean 'int4'"),
         ({"scheme": {"weight": {"format": "int5"}}}, r"scheme.weight: Unknown number format 'int5'"),
         ({"scheme": {"weight": {"format": "int8", "dynamic": True}}}, r"Weights cannot be dynamic"),

@@ -20,7 +20,7 @@ from angelslim.data.builtin import examples
 from angelslim.evaluate.perplexity import nll_per_token
 from angelslim.evaluate.suite import evaluation_text
 from angelslim.evaluate.tasks import chat_prompt
-from angelslim.pipeline import tokenizer_of
+from angelslim.work import tokenizer_of
 
 pytestmark = pytest.mark.engine
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from angelslim.base.errors import ModelError
 from angelslim.export.fp8_block import FORMAT
 from angelslim.methods.ptq.rtn import round_weight
 from angelslim.numerics.scheme import FORMATS, PRESETS, Quant, Scheme, per_block, per_group
@@ -46,8 +45,8 @@ def test_config():
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head"],
     }
-    with pytest.raises(ModelError, match="no weight_block_size"):
-        FORMAT.schemes({"quant_method": "fp8"}, ["a"])
+    assert FORMAT.reads({"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert not FORMAT.reads({"quant_method": "fp8", "weight_block_size": None})
 
 
 @pytest.mark.parametrize("name", ["fp8_static", "fp8_dynamic", "int8_dynamic", "int4"])

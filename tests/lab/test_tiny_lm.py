@@ -65,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_lm, "ALL_TEXT", 60_000)
     full = tiny_lm.measure_tiny_lm
     monkeypatch.setattr(
-        tiny_lm, "measure_tiny_lm", lambda folder, device: full(folder, count=2, device=device)
+        tiny_lm, "measure_tiny_lm", lambda folder, count, device: full(folder, count=2, device=device)
     )
 
 

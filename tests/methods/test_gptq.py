@@ -11,12 +11,13 @@ from angelslim import pipeline
 from angelslim.base.errors import ConfigError
 from angelslim.methods.base import PTQ
 from angelslim.methods.ptq._shared import head_of
-from angelslim.methods.ptq.gptq import DAMPED, EXPERT, FACTORING, GPTQ, OUTSIDE, SINGULAR, UNREACHED
+from angelslim.methods.ptq.gptq import DAMPED, FACTORING, GPTQ, OUTSIDE, SINGULAR, UNREACHED
 from angelslim.models.activations import ActivationStore
+from angelslim.models.block import Block
 from angelslim.models.checkpoint import UnitWriter
 from angelslim.models.loading import open_model
 from angelslim.models.select import groups_by_linear, select
-from angelslim.models.walk import Block, BlockStream
+from angelslim.models.walk import BlockStream
 from angelslim.numerics.compensate import Hessian, output_error
 from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import PRESETS, with_group
@@ -63,9 +64,9 @@ def calibrated():
     stream.prepare(0)
     seen = {}
     for index in range(2):
-        block = Block(source, index, selection.in_block(index), groups, CPU, len(ids), stream)
-        hessians = {layer.name: Hessian(layer.shape[1]) for layer in block.layers}
-        with stream.resident(index):
+        with stream.resident(index) as runner:
+            block = Block(source, index, selection.in_block(index), groups, CPU, runner)
+            hessians = {layer.name: Hessian(layer.shape[1]) for layer in block.layers}
             weights = {layer.name: block.weight(layer).clone() for layer in block.layers}
             block.collect({name: hessian.update for name, hessian in hessians.items()})
             method.process(block)
@@ -221,7 +222,7 @@ def test_half_of_the_activations_are_not_enough(whole, deep_folder, texts, tmp_p
 # --------------------------------------------------------------------------- what cannot be done is said
 
 
-def test_experts_of_a_stack_are_rounded_and_counted(tmp_path):
+def test_every_expert_has_its_own_hessian(tmp_path):
     save_random("qwen3_moe", tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     words = ("dataset.num_samples=2", "dataset.max_seq_length=16", f"{QUANT}.quant_method.group_size=32")
@@ -230,14 +231,12 @@ def test_experts_of_a_stack_are_rounded_and_counted(tmp_path):
     )  # ids below the vocabulary of 96
     job = job_for(tmp_path / "model", "int4_gptq", *words, f"dataset.data_path={tmp_path / 'texts.jsonl'}")
     record = pipeline.run(job, tmp_path / "out")
-    noted = [layer for layer in record.layers if layer.note]
-    assert {layer.note for layer in noted} == {EXPERT} and len(noted) == 24
-    assert all(layer.output_error is None for layer in noted)
-    assert record.warnings == [f"{noted[0].name} and 23 more: {EXPERT}."]
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    weight = job.source.checkpoint.read(f"{noted[0].name}.weight")
-    scale = stored[f"{noted[0].name}.weight_scale"]
-    assert torch.equal(scale, quantize(weight, job.scheme.weight, weight.dtype).scale)
+    experts = [layer for layer in record.layers if ".experts." in layer.name]
+    assert len(experts) == 24 and all(layer.output_error is not None for layer in experts)
+    assert [use.expert for use in record.experts] == [0, 1, 2, 3] * 2
+    assert sum(use.tokens for use in record.experts) == 2 * sum(
+        use.of for use in record.experts if use.expert == 0
+    )  # two of four experts a token
 
 
 def test_a_head_outside_the_blocks_is_rounded_and_said(texts, tmp_path):

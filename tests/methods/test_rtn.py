@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from angelslim.base.errors import ConfigError, SchemeError
+from angelslim import pipeline
+from angelslim.base.errors import ConfigError
 from angelslim.methods.base import PTQ
 from angelslim.methods.ptq.rtn import RoundToNearest
+from angelslim.models.block import Block
 from angelslim.models.loading import open_model
 from angelslim.models.select import groups_by_linear, select
-from angelslim.models.walk import Block
 from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import FORMATS as GRIDS
 from angelslim.numerics.scheme import PER_TENSOR, PRESETS, Quant, Scheme, with_group
 from families import save_random
-from tiny import job_for
+from tiny import byte_tokenizer, job_for
 
 FP8 = Quant(GRIDS["fp8_e4m3"], PER_TENSOR)
 
@@ -93,9 +94,20 @@ def test_observers_change_the_static_scales(tiny_folder, tmp_path):
     assert scales["mse"] <= scales["absmax"] * 1.001
 
 
-def test_static_experts_are_refused_before_any_work(tmp_path):
+def test_every_expert_gets_its_own_static_scale(tmp_path):
     save_random("qwen3_moe", tmp_path / "model")
-    with pytest.raises(SchemeError, match=r"fused experts are not built yet.*dynamic"):
-        job_for(tmp_path / "model", "fp8_static")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "texts.jsonl").write_text('{"text": "!!!!!!!!!!!!!!!"}\n' * 2)
+    words = ("dataset.num_samples=2", "dataset.max_seq_length=16")
+    job = job_for(tmp_path / "model", "fp8_static", *words, f"dataset.data_path={tmp_path / 'texts.jsonl'}")
+    record = pipeline.run(job, tmp_path / "out")
+    scales = {layer.name: layer.input_scale for layer in record.layers if ".experts." in layer.name}
+    assert len(scales) == 24 and None not in scales.values()
+    first = "model.layers.0.mlp.experts.0."
+    assert scales[first + "gate_proj"] == scales[first + "up_proj"] != scales[first + "down_proj"]
+
+
+def test_ignored_experts_are_left_alone(tmp_path):
+    save_random("qwen3_moe", tmp_path / "model")
     job = job_for(tmp_path / "model", "fp8_static", "compression.quantization.ignore_layers=[experts]")
     assert {layer.name.rpartition(".")[2] for layer in job.selection.layers} == {f"{x}_proj" for x in "qkvo"}

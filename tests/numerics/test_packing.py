@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from angelslim.numerics.packing import pack_int4, unpack_int4
+from angelslim.numerics.packing import pack_fp4, unpack_fp4, pack_int4, unpack_int4
 
 
 def codes(rows: int, columns: int) -> torch.Tensor:
@@ -34,3 +34,23 @@ def test_equals_compressed_tensors_for_any_length(rows, columns, dim):
 def test_round_trip(length, dim):
     values = codes(length, 5) if dim == 0 else codes(5, length)
     assert torch.equal(unpack_int4(pack_int4(values, dim), length, dim), values)
+
+
+def test_two_fp4_codes_share_a_byte_the_first_in_the_lower_half():
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    codes = torch.tensor([magnitudes, [-value for value in magnitudes]]).to(torch.float8_e4m3fn)
+    packed = pack_fp4(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [[0x10, 0x32, 0x54, 0x76], [0x98, 0xBA, 0xDC, 0xFE]]
+    assert torch.equal(unpack_fp4(packed).view(torch.uint8), codes.view(torch.uint8))
+
+
+def test_fp4_packing_equals_compressed_tensors():
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
+
+    bytes_ = torch.randint(0, 256, (7, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = unpack_fp4(bytes_)
+    assert codes.shape == (7, 64)
+    assert torch.equal(codes.float(), unpack_fp4_from_uint8(bytes_, 7, 64, torch.float32))
+    assert torch.equal(pack_fp4(codes), pack_fp4_to_uint8(codes.float()))
+    assert torch.equal(pack_fp4(codes), bytes_)

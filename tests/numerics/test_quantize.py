@@ -25,6 +25,7 @@ from angelslim.numerics.scheme import (
     PER_CHANNEL,
     PER_TENSOR,
     PER_TOKEN,
+    PRESETS,
     Format,
     Granularity,
     Quant,
@@ -57,7 +58,10 @@ def nearest(value: float, grid: Format) -> float:
     size = min(abs(value), grid.high)
     if size == 0:
         return 0.0
-    step = 2.0 ** (max(math.floor(math.log2(size)), -6) - 3)  # three mantissa bits, subnormals below 2^-6
+    mantissa, smallest = (
+        (3, -6) if grid.bits == 8 else (1, 0)
+    )  # bits; the exponent below which steps stay equal
+    step = 2.0 ** (max(math.floor(math.log2(size)), smallest) - mantissa)
     return math.copysign(min(round(size / step) * step, grid.high), value)
 
 
@@ -148,9 +152,10 @@ def test_equals_compressed_tensors_bit_for_bit(quant):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
-def test_fp8_maps_the_largest_magnitude_of_each_tile_to_the_largest_code(granularity):
+@pytest.mark.parametrize("grid", [FP8, FORMATS["fp4_e2m1"]], ids=lambda grid: grid.name)
+def test_floats_map_the_largest_magnitude_of_each_tile_to_the_largest_code(granularity, grid):
     values = matrix()
-    quantized = quantize(values, Quant(FP8, granularity))
+    quantized = quantize(values, Quant(grid, granularity))
     tiles: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for row in range(10):
         for column in range(24):
@@ -158,10 +163,10 @@ def test_fp8_maps_the_largest_magnitude_of_each_tile_to_the_largest_code(granula
             tiles.setdefault(tile_indices(granularity, row, column), []).append(pair)
     for pairs in tiles.values():
         value, code = max(pairs, key=lambda pair: abs(pair[0]))
-        assert code == math.copysign(448, value)
+        assert code == math.copysign(grid.high, value)
 
 
-@pytest.mark.parametrize("quant", [q for q in SCHEMES if q.format.kind == "float"], ids=str)
+@pytest.mark.parametrize("quant", [q for q in SCHEMES if q.format == FP8], ids=str)
 def test_fp8_error_is_at_most_half_a_step_of_three_mantissa_bits(quant):
     values = matrix()
     quantized = quantize(values, quant)
@@ -214,6 +219,16 @@ def test_impossible_sizes_are_refused(size):
         per_group(size)
     with pytest.raises(SchemeError, match="is not positive"):
         per_block(size, 128)
+
+
+def test_fp4_rounds_to_the_nearest_of_fifteen_numbers_and_ties_to_the_even_mantissa():
+    grid = FORMATS["fp4_e2m1"]
+    values = torch.linspace(-7, 7, 28 * 64 + 1)  # every tie is among them
+    expected = torch.tensor([nearest(value, grid) for value in values.tolist()])
+    assert torch.equal(round_to(values, grid).float(), expected)
+    assert sorted(set(expected.abs().tolist())) == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert round_to(ties, grid).tolist() == [0, 1, 1, 2, 2, 4, 4]
 
 
 def test_the_fp8_grid_is_all_253_finite_codes():
@@ -284,6 +299,17 @@ def test_stored_bits_count_scales_and_zero_points():
     asymmetric = quantize(values, Quant(FORMATS["int4"], per_group(32), symmetric=False), torch.bfloat16)
     assert asymmetric.bits_per_weight == 4 + (16 + 4) / 32
     assert quantize(values, Quant(FP8, PER_CHANNEL)).bits_per_weight == 8 + 32 / 64
+
+
+def test_stored_bits_count_small_scales_and_the_global_one():
+    values = torch.randn(4, 64)
+    bits = {
+        name: quantize(values, PRESETS[name].weight).bits_per_weight for name in ("mxfp4", "mxfp8", "nvfp4")
+    }
+    assert bits["mxfp4"] == 4 + 8 / 32 and bits["mxfp8"] == 8 + 8 / 32
+    assert bits["nvfp4"] == 4 + 8 / 16 + 32 / 256
+    wide = quantize(torch.randn(4, 256), PRESETS["w4a8_fp8"].weight)
+    assert wide.bits_per_weight == 4 + 16 / 128
 
 
 def test_dequantize_is_codes_minus_zero_times_scale():

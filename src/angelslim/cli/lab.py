@@ -1,4 +1,4 @@
-"""``lab``: train the built-in models again."""
+"""``lab``: train the small models: the built-in one again, and the one that benchmarks compress."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ..base import console
 from ..base.errors import ConfigError, did_you_mean
 
 GROUP = "Lab"
+MODELS = ("tiny-lm", "bench-lm")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    lab = typer.Typer(no_args_is_help=True, help="Train the built-in models again, from nothing.")
+    lab = typer.Typer(no_args_is_help=True, help="Train the small models, from nothing.")
     lab.command("train", epilog="[bold]Example[/bold]\n\n  angelslim lab train tiny-lm --out my-tiny-lm")(
         train
     )
@@ -24,11 +25,11 @@ def register(app: typer.Typer) -> None:
 
 
 def _about() -> None:
-    """Train the built-in models again, from nothing."""
+    """Train the small models, from nothing."""
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="Which model: tiny-lm.")],
+    name: Annotated[str, typer.Argument(help="Which model: tiny-lm or bench-lm.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the trained model (default: its name).")
     ] = None,
@@ -38,17 +39,17 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
-    """Train a built-in model on generated tasks and the Python library's own text.
+    """Train a small model on generated tasks and the Python library's own text.
 
     A killed training continues where it stopped when the same command is given again.
     """
-    from ..models.builtin import BUILTIN
-
-    if name not in BUILTIN:
-        raise ConfigError(f"Unknown built-in model {name!r}.", fix=did_you_mean(name, BUILTIN))
+    if name not in MODELS:
+        raise ConfigError(f"The lab has no model {name!r}.", fix=did_you_mean(name, MODELS))
+    from ..lab.bench_lm import train_bench_lm
     from ..lab.tiny_lm import train_tiny_lm
 
     folder = out or Path(name)
-    results = train_tiny_lm(folder, seed=seed, minutes=minutes, device=device)
+    make = train_tiny_lm if name == "tiny-lm" else train_bench_lm
+    results = make(folder, seed=seed, minutes=minutes, device=device)
     rows = [(key, value) for key, value in results.items() if isinstance(value, (int, float, str))]
     console.out.print(console.table(str(folder), ["", ""], rows))

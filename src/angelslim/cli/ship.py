@@ -56,7 +56,7 @@ def evaluate(
     from ..evaluate.size import size_scores
     from ..evaluate.suite import evaluate as run_suite
     from ..models.loading import resolve
-    from ..pipeline import tokenizer_of
+    from ..work import tokenizer_of
     from ..reopen import load
 
     found = {}

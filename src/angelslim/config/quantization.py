@@ -1,7 +1,7 @@
 """The section ``compression.quantization``: which numbers, which algorithm, which layers.
 
-The public keys keep the public dialect's names. Ours are `scheme`, `observer`, `percentile`, `format`,
-`quantize_lm_head`, `quantize_embeddings`, and `alpha` and `damp` of `quant_method`. `upstream.stages` turns
+The public keys keep the public dialect's names. Ours are `scheme`, `overrides`, `observer`, `percentile`, `format`,
+`quantize_lm_head`, `quantize_embeddings`, and `alpha`, `damp` and `lepto_extended` of `quant_method`. `upstream.stages` turns
 this section into a method and a `numerics.scheme.Scheme`.
 """
 
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ..numerics.scheme import ScaleKind
 from .fields import Count, GrainName, Int, Ints, Number, Section, Share, Word, Words
 
 
@@ -28,6 +29,7 @@ class QuantMethod(Section):
     actorder: bool | None = None
     alpha: Share | None = None  # GPTAQ: share of the drift that is corrected
     damp: Share | None = None  # GPTQ: share of the mean diagonal that is added to the Hessian
+    lepto_extended: bool | None = None  # LeptoQuant: candidates beyond the paper's
     dequant_to_bf16: bool | None = None
     num_workers: Int | None = None
     share_gate_up_weight_scale_2: bool | None = None
@@ -52,6 +54,7 @@ class TensorScheme(Section):
     block_size: Ints = Field(default_factory=lambda: [128, 128])
     symmetric: bool = True
     dynamic: bool = False
+    scale: ScaleKind = "free"
 
 
 class ExplicitScheme(Section):
@@ -60,6 +63,19 @@ class ExplicitScheme(Section):
     weight: TensorScheme
     input: TensorScheme | None = None
     kv: TensorScheme | None = None
+
+
+class Override(Section):
+    """Another scheme for the layers that an entry matches; the first that matches a layer decides."""
+
+    match: Words  # entries like those of `ignore_layers`
+    scheme: str | ExplicitScheme | None = None  # "none" keeps the layers in full precision
+    quant_method: QuantMethod = Field(default_factory=QuantMethod)
+
+    @field_validator("match")
+    @classmethod
+    def _patterns_compile(cls, entries: list[str]) -> list[str]:
+        return compiled(entries)
 
 
 class Quantization(Section):
@@ -89,9 +105,10 @@ class Quantization(Section):
     gpus: Word | list[Int] | None = None
     # Ours.
     scheme: str | ExplicitScheme | None = None
+    overrides: list[Override] = Field(default_factory=list)
     observer: Literal["absmax", "percentile", "mse"] = "absmax"
     percentile: Annotated[float, Field(gt=0, le=100)] = 99.99
-    format: Literal["auto", "compressed-tensors", "fp8_block"] = "auto"
+    format: Literal["auto", "compressed-tensors", "gptq", "awq", "fp8_block", "fp8_tensor", "w4afp8"] = "auto"
     quantize_lm_head: bool = False
     quantize_embeddings: bool = False
 
@@ -103,10 +120,15 @@ class Quantization(Section):
     @field_validator("ignore_layers")
     @classmethod
     def _patterns_compile(cls, entries: list[str]) -> list[str]:
-        for entry in entries:
-            if entry.startswith("re:"):
-                try:
-                    re.compile(entry[3:])
-                except re.error as error:
-                    raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
-        return entries
+        return compiled(entries)
+
+
+def compiled(entries: list[str]) -> list[str]:
+    """Refuse entries that start with ``re:`` and are no regular expressions."""
+    for entry in entries:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
+    return entries

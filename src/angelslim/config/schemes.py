@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..base.errors import ConfigError, did_you_mean
+from ..base.errors import ConfigError, SchemeError, did_you_mean
 from ..numerics.scheme import (
     FORMATS,
     PER_CHANNEL,
@@ -22,18 +22,26 @@ from ..numerics.scheme import (
     per_group,
 )
 from .fields import Grain
-from .quantization import ExplicitScheme, QuantMethod, TensorScheme
+from .quantization import ExplicitScheme, Quantization, QuantMethod, TensorScheme
 from .training import TensorQuant, TrainedQuant
 
 _GROUP, _TILE = 128, (128, 128)
 _INT4, _INT8, _FP8 = FORMATS["int4"], FORMATS["int8"], FORMATS["fp8_e4m3"]
 _INT4_GROUPS = Quant(_INT4, per_group(_GROUP))
 
-# Bases of public method names that are not presets of their own.
+# Bases of public method names, and other schemes with a name, that are not presets of their own.
 EXTRA: dict[str, Scheme] = {
-    "int4_asym": Scheme(replace(_INT4_GROUPS, symmetric=False)),
+    "fp8_static_channel": Scheme(Quant(_FP8, PER_CHANNEL), Quant(_FP8, PER_TENSOR)),
+    "fp8_dynamic_tensor": Scheme(Quant(_FP8, PER_TENSOR), Quant(_FP8, PER_TENSOR, dynamic=True)),
+    "fp8_weight_only": Scheme(Quant(_FP8, PER_CHANNEL)),
+    "int8_weight_only": Scheme(Quant(_INT8, PER_CHANNEL)),
     "int8_static": Scheme(Quant(_INT8, PER_CHANNEL), Quant(_INT8, PER_TENSOR)),
-    "w4a8_fp8": Scheme(_INT4_GROUPS, Quant(_FP8, PER_TENSOR)),
+    "int4_g64": Scheme(Quant(_INT4, per_group(64))),
+    "int4_g32": Scheme(Quant(_INT4, per_group(32))),
+    "int4_asym": Scheme(replace(_INT4_GROUPS, symmetric=False)),
+    "int4_asym_g64": Scheme(Quant(_INT4, per_group(64), symmetric=False)),
+    "int4_asym_g32": Scheme(Quant(_INT4, per_group(32), symmetric=False)),
+    "w4a8_fp8_static": Scheme(_INT4_GROUPS, Quant(_FP8, PER_TENSOR)),
     "w4a8_int8": Scheme(_INT4_GROUPS, Quant(_INT8, PER_TOKEN, dynamic=True)),
 }
 _QTYPES = {"int4": _INT4, "int8": _INT8, "fp8": _FP8, "fp8_e4m3": _FP8}
@@ -48,6 +56,18 @@ def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
     """Apply the granularities and the zero point of ``quant_method`` to a base scheme."""
     where = f"{where}.quant_method"
     weight, inputs, kv = scheme.weight, scheme.input, scheme.kv
+    if weight.scale in ("e8m0", "e4m3"):
+        _check_words(weight.granularity.columns, method, where)
+    else:
+        weight, inputs = _coarser_or_finer(weight, inputs, method, where)
+    if method.kv_cache is not None:
+        kv = _kv(weight, inputs, method.kv_cache, f"{where}.kv_cache")
+    return Scheme(weight, inputs, kv)
+
+
+def _coarser_or_finer(
+    weight: Quant, inputs: Quant | None, method: QuantMethod, where: str
+) -> tuple[Quant, Quant | None]:
     grain = method.weight
     if grain is None and method.block_size and weight.format.kind == "float":
         grain = "per-block"
@@ -60,11 +80,21 @@ def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
             fix = "Remove it, or choose an integer format."
             raise ConfigError(f"A zero point on {weight.format.name} makes no sense.", where=where, fix=fix)
         weight = replace(weight, symmetric=not method.zero_point)
-    if inputs is not None:
-        inputs = _input(inputs, weight, grain, method, f"{where}.activation")
-    if method.kv_cache is not None:
-        kv = _kv(weight, inputs, method.kv_cache, f"{where}.kv_cache")
-    return Scheme(weight, inputs, kv)
+    return weight, None if inputs is None else _input(inputs, weight, grain, method, f"{where}.activation")
+
+
+def _check_words(size: int, method: QuantMethod, where: str) -> None:
+    """Refuse what contradicts a number format that brings its own groups of `size`, for weights and inputs.
+
+    Public files say of NVFP4 inputs that they are per-tensor, which is true of the static part of their scales.
+    """
+    sizes = {size} | {method.group_size or size} | {(method.block_size or [size])[-1]}
+    weights = method.weight in (None, "per-group", "per-block")
+    inputs = method.activation in (None, "per-group", "per-block", "per-tensor")
+    if sizes == {size} and weights and inputs and not method.zero_point:
+        return
+    fix = "Leave these words out, or name another scheme."
+    raise ConfigError(f"This number format has symmetric groups of {size}, and no others.", where=where, fix=fix)
 
 
 def _input(inputs: Quant, weight: Quant, grain: Grain | None, method: QuantMethod, where: str) -> Quant:
@@ -167,7 +197,35 @@ def _quant(spec: TensorScheme, where: str) -> Quant:
         raise ConfigError(f"{number.name} is symmetric by nature.", where=where, fix=fix)
     words = QuantMethod(group_size=spec.group_size, block_size=spec.block_size)
     grain = _weight_grain if where.endswith(".weight") else _input_grain
-    return Quant(number, grain(spec.granularity, words, where), spec.symmetric, spec.dynamic)
+    try:
+        return Quant(number, grain(spec.granularity, words, where), spec.symmetric, spec.dynamic, spec.scale)
+    except SchemeError as error:
+        raise ConfigError(error.what, where=where, fix=error.fix) from None
+
+
+def overrides(
+    section: Quantization, scheme: Scheme | None, where: str
+) -> tuple[tuple[str, Scheme | None], ...]:
+    """The other schemes that ``quantization.overrides`` gives to some layers; None is full precision.
+
+    An override without a scheme adjusts that of the section.
+    """
+    found: list[tuple[str, Scheme | None]] = []
+    for index, override in enumerate(section.overrides):
+        at = f"{where}.overrides.{index}"
+        other: Scheme | None
+        if override.scheme == "none":
+            other = None
+        elif override.scheme is not None:
+            other = explicit(override.scheme, override.quant_method, at)
+        elif override.quant_method.given() and scheme is not None:
+            other = adjusted(scheme, override.quant_method, at)
+        else:
+            raise ConfigError("The override changes nothing.", where=at, fix="Give it a scheme, or scheme: none.")
+        if other is not None and scheme is not None:
+            other = replace(other, kv=scheme.kv)  # the cache belongs to no layer of its own
+        found += [(entry, other) for entry in override.match]
+    return tuple(found)
 
 
 def trained(quant: TrainedQuant) -> Scheme | None:

@@ -37,9 +37,11 @@ class Stage:
     scheme: Scheme | None = None
     options: dict[str, object] = field(default_factory=dict)  # what the algorithm reads, by its own names
     ignore: tuple[str, ...] = ()  # entries for `ignore.ignored`
+    overrides: tuple[tuple[str, Scheme | None], ...] = ()  # other schemes for some layers; None keeps them
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.method}" + (f": {self.scheme}" if self.scheme else "")
+        others = "".join(f"; {entry}: {scheme or 'full precision'}" for entry, scheme in self.overrides)
+        return f"{self.kind} {self.method}" + (f": {self.scheme}{others}" if self.scheme else "")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ METHODS: dict[str, Method] = {
     "int4_gptq": Method("gptq", "int4", bits=(4,)),
     "int4_gptaq": Method("gptq", "int4", (("gptaq", True),), bits=(4,)),
     "w4a8_fp8": Method("rtn", "w4a8_fp8", bits=(4, 8)),
+    "w4a8_fp8_static": Method("rtn", "w4a8_fp8_static", bits=(4, 8)),
     "w4a8i8": Method("rtn", "w4a8_int8", bits=(4, 8)),
     "nvfp4": Method("rtn", "nvfp4", bits=(4,)),
     "nvfp4_weight_only": Method("rtn", "nvfp4_weight_only", bits=(4,)),
@@ -95,6 +98,7 @@ _METHOD_SWITCHES = (
     "alpha",
     "damp",
     "dequant_to_bf16",
+    "lepto_extended",
     "share_gate_up_weight_scale_2",
 )
 _HEADS = ("lm_head", "model.lm_head")
@@ -169,6 +173,8 @@ def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None]
         fix = f"Set {where}.name to one of {', '.join(METHODS)}."
         raise ConfigError(f"{where} names neither a method nor a scheme.", fix=fix)
     base = schemes.base(method.base)
+    if name == "w4a8_fp8" and section.quant_method.activation == "per-tensor":
+        base = schemes.base("w4a8_fp8_static")  # one number for all tokens is a calibrated one
     if name == "daq" and section.quantization_method in ("per_channel", "per_tensor"):
         base = PRESETS["fp8_dynamic"]
     if base is None:  # the numerics cannot express it (yet): the method's public name says it all
@@ -187,10 +193,13 @@ def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
     for helper in section.quant_helpers:
         if helper != "smooth":
             yield Stage("transform", helper, None, {}, ignored_layers(section))
+    if scheme is not None and scheme.kv is not None:
+        yield Stage("transform", "kv_cache", scheme, {}, ignored_layers(section))
     options = {**dict(method.options), **switches(section)}
     if scheme is None:
         options |= section.quant_method.given()
-    yield Stage("ptq", method.algorithm, scheme, options, ignored_layers(section))
+    others = schemes.overrides(section, scheme, where)
+    yield Stage("ptq", method.algorithm, scheme, options, ignored_layers(section), others)
 
 
 def switches(section: Quantization) -> dict[str, object]:

@@ -21,6 +21,8 @@ from ..base.errors import ConfigError, DataError
 from . import builtin
 from .chat import has_specials, render
 from .records import Record, read_records
+from .tokens import SUFFIX as TOKENS
+from .tokens import read_token_rows
 
 T = TypeVar("T")
 
@@ -33,8 +35,8 @@ def calibration_batches(
 ) -> list[Tensor]:
     """Return up to `samples` samples of at most `max_length` tokens, shape ``[1, T]`` each.
 
-    `source` is a data file, a cached hub data set ``"owner/name,config"``, or None / ``"builtin"`` for the
-    built-in mixture. A source with fewer usable records gives fewer samples and a warning; one with none is
+    `source` is a data file, a cached hub data set ``"owner/name,config"``, token ids (``.safetensors``, see
+    `tokens`), or None / ``"builtin"`` for the built-in mixture. A source with fewer usable records gives fewer samples and a warning; one with none is
     a `DataError`.
     """
     for name, value in (("samples", samples), ("max_length", max_length)):
@@ -44,6 +46,8 @@ def calibration_batches(
         source = BUILTIN
         mixture = builtin_records(samples, max_length, seed)
         rows = (next(_encode(tokenizer, record, max_length)) for record in mixture)
+    elif str(source).endswith(TOKENS):
+        rows = (row[:max_length] for row in read_token_rows(Path(source).expanduser()))
     else:
         rows = (row for record in read_records(source) for row in _encode(tokenizer, record, max_length))
     chosen = _sample((row for row in rows if len(row) >= _SHORTEST), samples, seed)

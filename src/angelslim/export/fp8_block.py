@@ -1,7 +1,8 @@
 """Native FP8 blocks, the layout in which DeepSeek-V3 was published: ``quant_method: fp8``.
 
 A linear holds ``weight`` F8_E4M3 ``[out, in]`` and ``weight_scale_inv`` F32 ``[ceil(out/r), ceil(in/c)]``, which
-despite its name is the factor to multiply with. Activations are quantized while running, per token and per
+despite its name is the factor to multiply with. Published checkpoints also keep it in bfloat16 or, as powers of
+two, in one exponent byte (``scale_fmt: ue8m0``); both are read. Activations are quantized while running, per token and per
 group of c inputs. vLLM, SGLang and transformers' fine-grained FP8 read it.
 """
 
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..base.errors import ModelError
 from ..numerics.quantize import Quantized
 from ..numerics.scheme import FORMATS, Quant, Scheme, per_block, per_group
-from .base import Restored
+from .base import Restored, one_scheme
 
 
 class Fp8Block:
@@ -23,6 +24,10 @@ class Fp8Block:
 
     method = "fp8"
     scale_name = "weight_scale_inv"
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        """Recognise the engine's FP8 with a block size; without one it is `fp8_tensor`."""
+        return settings.get("quant_method") == self.method and bool(settings.get("weight_block_size"))
 
     def refuses(self, scheme: Scheme) -> str:
         """Only symmetric E4M3 blocks with dynamic activations."""
@@ -34,6 +39,18 @@ class Fp8Block:
         if given.granularity != per_group(weight.granularity.columns):
             return f"activations must be per group of {weight.granularity.columns}"
         return ""
+
+    def refuses_together(self, schemes: Mapping[str, Scheme]) -> str:
+        """The config names one block size."""
+        return one_scheme(schemes)
+
+    def refuses_shape(self, scheme: Scheme, shape: tuple[int, int]) -> str:
+        """Every size fits."""
+        return ""
+
+    def stored(self, scheme: Scheme) -> Scheme:
+        """Scales are kept in float32."""
+        return scheme
 
     def describe(self, scheme: Scheme) -> str:
         """Name the layout."""
@@ -58,20 +75,22 @@ class Fp8Block:
 
     def schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scheme]:
         """Read the block size back; all layers share it."""
-        size = config.get("weight_block_size")
-        if not size:
-            raise ModelError(
-                "This fp8 checkpoint has no weight_block_size.", fix="Only block FP8 can be read here."
-            )
+        size = config["weight_block_size"]
         fp8 = FORMATS["fp8_e4m3"]
         scheme = Scheme(Quant(fp8, per_block(*size)), Quant(fp8, per_group(size[1]), dynamic=True))
         return dict.fromkeys(names, scheme)
 
+    def shape(self, parts: Mapping[str, tuple[int, ...]], scheme: Scheme) -> tuple[int, int]:
+        """One code for each weight."""
+        rows, columns = parts["weight"]
+        return rows, columns
+
     def restore(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Restored | None:
-        """Undo `tensors`."""
+        """Undo `tensors`; scales in bfloat16 or as bare exponents (UE8M0) become the same numbers in float32."""
         scale = tensors.get(f"{name}.weight_scale_inv")
         if scale is None:
             return None
+        scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
         return Restored(Quantized(tensors[f"{name}.weight"], scale, None, scheme.weight), scheme, None)
 
 

@@ -23,22 +23,27 @@ def results_table(record: dict[str, Any]) -> Any:
         (title, f"{record['results'][key]['value']:.2f}", unit, record["results"][key]["samples"])
         for key, title, unit in RESULTS
     ]
-    return console.table("tiny-lm, held-out data", ("task", "value", "unit", "samples"), rows)
+    return console.table(f"{record['model']}, held-out data", ("task", "value", "unit", "samples"), rows)
 
 
-def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """Write ``training.json`` and ``README.md`` into the model's folder."""
+def write_card(folder: Path, record: dict[str, Any], text: str) -> None:
+    """Write ``training.json`` and the card's text, ``README.md``, into the model's folder."""
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    (folder / "README.md").write_text(card(record), "utf-8")
+    (folder / "README.md").write_text(text, "utf-8")
 
 
-def card(record: dict[str, Any]) -> str:
-    """Return the model card as Markdown with the hub's front matter."""
-    rows = "\n".join(
+def results_rows(record: dict[str, Any]) -> str:
+    """Return the measured results as the rows of a Markdown table."""
+    return "\n".join(
         f"| {title} | {record['results'][key]['value']:.2f} {'%' if unit == '%' else ''} "
         f"| {record['results'][key]['samples']} {'examples' if unit == '%' else 'tokens'} |"
         for key, title, unit in RESULTS
     )
+
+
+def card(record: dict[str, Any]) -> str:
+    """Return the model card as Markdown with the hub's front matter."""
+    rows = results_rows(record)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     measured = record["measured"]
     return f"""---

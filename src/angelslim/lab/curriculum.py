@@ -8,6 +8,7 @@ are to be predicted, keep the model from learning it by heart.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,9 @@ CORRUPTION = 0.2  # share of a text row's tokens that are read wrongly, at most;
 
 
 KINDS = ("addition", "recall", "copy", "lines", "text")
+Shares = Callable[
+    [float], tuple[float, ...]
+]  # progress, 0 to 1 -> shares of the rows by kind; text gets the rest
 
 
 def shares_at(progress: float) -> tuple[float, ...]:
@@ -32,9 +36,9 @@ def shares_at(progress: float) -> tuple[float, ...]:
     return (0.12, 0.12, 0.06, 0.6) if progress < WARM_UP else (0.28, 0.48, 0.02, 0.1)
 
 
-def text_share() -> float:
+def text_share(shares: Shares = shares_at) -> float:
     """Return the share of all rows of a run that are text."""
-    return WARM_UP * (1 - sum(shares_at(0.0))) + (1 - WARM_UP) * (1 - sum(shares_at(1.0)))
+    return WARM_UP * (1 - sum(shares(0.0))) + (1 - WARM_UP) * (1 - sum(shares(1.0)))
 
 
 def pairs_at(progress: float) -> int:
@@ -57,6 +61,7 @@ class Curriculum:
     length: int
     seed: int
     long_every: int = 16
+    shares: Shares = shares_at
 
     @cached_property
     def _make(self) -> Rows:
@@ -72,7 +77,7 @@ class Curriculum:
         rows, length = (self.rows // 4, self.length * 4) if long else (self.rows, self.length)
         progress = index / self.batches
         most = pairs_at(progress)
-        counts = [round(share * rows) for share in shares_at(progress)]
+        counts = [round(share * rows) for share in self.shares(progress)]
         kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
         kinds += [KINDS.index("text")] * (rows - len(kinds))
         made = [self._row(KINDS[kind], rng, length, most) for kind in kinds]

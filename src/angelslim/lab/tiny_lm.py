@@ -14,7 +14,8 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from ..base import console
 from ..base.errors import ConfigError
 from ..data import builtin
 from ..train import StepRecord, TrainSettings, train
-from .card import results_table, write_card
-from .curriculum import Curriculum, text_share, weighted_loss
+from .card import card, results_table, write_card
+from .curriculum import Curriculum, Shares, shares_at, text_share, weighted_loss
 from .rows import conversation, encode_corpus
 from .score import exact_match, perplexity
 from .tokenizer import END, TURN_END, VOCABULARY, save_tokenizer, train_tokenizer
@@ -48,6 +49,25 @@ class Plan:
     lr: float
     bf16: bool
     compile: bool
+
+
+@dataclass(frozen=True)
+class Student:
+    """What tells one model of the lab from another; the stages of the training are the same for all."""
+
+    name: str
+    vocabulary: int
+    shares: Shares  # of the kinds of rows, over the run
+    build: Callable[[int], Any]  # seed -> the untrained model
+    plan: Callable[[str, int], Plan]  # device, seed -> the size of the run
+    card: Callable[[dict[str, Any]], str]
+    examples: int = 500  # of each task and mode, when it is measured
+    probe: int = 24  # steps that are timed when the length of a run is given in minutes
+
+
+def tiny_lm() -> Student:
+    """Return what the model that comes with the package is made of."""
+    return Student("tiny-lm", VOCABULARY, shares_at, build_model, default_plan, card)
 
 
 def default_plan(device: str, seed: int) -> Plan:
@@ -87,6 +107,13 @@ def train_tiny_lm(
     length on a GPU and `CPU_MINUTES` on a CPU. `device` is ``auto``, ``cpu`` or ``cuda``. An `out` that exists
     and is no finished run of the same seed is a `ConfigError`.
     """
+    return train_student(tiny_lm(), out, seed=seed, minutes=minutes, device=device)
+
+
+def train_student(
+    student: Student, out: Path, *, seed: int = 0, minutes: float | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Train a model of the lab; the arguments are those of `train_tiny_lm`."""
     if (finished := _finished(out, seed)) is not None:
         return finished
     device = _device(device)
@@ -95,20 +122,21 @@ def train_tiny_lm(
     work.mkdir(parents=True, exist_ok=True)
     folder = work / "model"
     documents = builtin.text("train", ALL_TEXT)
-    tokenizer = _tokenizer(folder, documents)
+    tokenizer = _tokenizer(folder, documents, student.vocabulary)
     corpus = _corpus(work / "corpus.safetensors", tokenizer, documents)
-    plan = _plan(work / "plan.json", seed, minutes, device, corpus, tokenizer)
-    model = build_model(seed)
-    records = _train(model, _curriculum(plan, corpus, tokenizer), plan, work, device)
+    curriculum = Curriculum(tokenizer.backend_tokenizer, corpus, 0, 0, 0, seed, shares=student.shares)
+    plan = _plan(work / "plan.json", student, seed, minutes, device, curriculum)
+    model = student.build(seed)
+    records = _train(student, model, curriculum, plan, work, device)
     _save_model(model, tokenizer, folder)
     record = {
-        "model": "tiny-lm",
-        "command": f"angelslim lab train tiny-lm --seed {seed}",
+        "model": student.name,
+        "command": f"angelslim lab train {student.name} --seed {seed}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        **_training_facts(plan, records, device, len(documents), len(corpus)),
+        **_training_facts(student, plan, records, device, len(documents), len(corpus)),
     }
-    record.update(measure_tiny_lm(folder, device=device))
-    write_card(folder, record)
+    record.update(measure_tiny_lm(folder, count=student.examples, device=device))
+    write_card(folder, record, student.card(record))
     folder.rename(out)
     shutil.rmtree(work)
     console.err.print(results_table(record))
@@ -138,7 +166,7 @@ def _device(device: str) -> str:
     return device
 
 
-def _tokenizer(folder: Path, documents: list[str]) -> Any:
+def _tokenizer(folder: Path, documents: list[str], vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -148,7 +176,8 @@ def _tokenizer(folder: Path, documents: list[str]) -> Any:
             for example in builtin.examples(task, "train", 3_000)
         ]
         plain = [chat.replace("<|im_start|>", "").replace("<|im_end|>", "") for chat in chats]
-        save_tokenizer(train_tokenizer([*documents, *plain, "system\n" * 100], longest=CONTEXT), folder)
+        texts = [*documents, *plain, "system\n" * 100]
+        save_tokenizer(train_tokenizer(texts, vocabulary, longest=CONTEXT), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -163,7 +192,7 @@ def _corpus(path: Path, tokenizer: Any, documents: list[str]) -> torch.Tensor:
 
 
 def _plan(
-    path: Path, seed: int, minutes: float | None, device: str, corpus: torch.Tensor, tokenizer: Any
+    path: Path, student: Student, seed: int, minutes: float | None, device: str, curriculum: Curriculum
 ) -> Plan:
     if path.is_file():
         plan = Plan(**json.loads(path.read_text("utf-8")))
@@ -172,32 +201,31 @@ def _plan(
                 f"A run with seed {plan.seed} was begun here.", where=str(path.parent), fix="Remove it first."
             )
         return plan
-    plan = default_plan(device, seed)
+    plan = student.plan(device, seed)
     minutes = CPU_MINUTES if minutes is None and device == "cpu" else minutes
     if minutes is not None:
-        seconds = _seconds_a_step(plan, _curriculum(plan, corpus, tokenizer), device)
-        plan = Plan(**{**asdict(plan), "steps": max(int(minutes * 60 / seconds), 1)})
+        seconds = _seconds_a_step(plan, student, curriculum, device)
+        plan = replace(plan, steps=max(int(minutes * 60 / seconds), 1))
         console.chose(f"{plan.steps} steps", f"{minutes:g} minutes at {seconds:.3f} s a step")
     path.write_text(json.dumps(asdict(plan)), "utf-8")
     return plan
 
 
-def _seconds_a_step(plan: Plan, curriculum: Curriculum, device: str) -> float:
+def _seconds_a_step(plan: Plan, student: Student, curriculum: Curriculum, device: str) -> float:
     """Time a few steps of a throw-away copy of the run, the first ones (which compile) left out."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        probe = Plan(**{**asdict(plan), "steps": 24})
-        records = _train(build_model(plan.seed), curriculum, probe, Path(folder), device)
-    seconds = sorted(record.seconds for record in records[8:])
+        probe = replace(plan, steps=student.probe)
+        records = _train(student, student.build(plan.seed), curriculum, probe, Path(folder), device)
+    seconds = sorted(record.seconds for record in records[student.probe // 3 :])
     return sum(seconds) / len(seconds)
 
 
-def _curriculum(plan: Plan, corpus: torch.Tensor, tokenizer: Any) -> Curriculum:
-    return Curriculum(tokenizer.backend_tokenizer, corpus, plan.steps, plan.rows, plan.length, plan.seed)
-
-
-def _train(model: Any, curriculum: Curriculum, plan: Plan, work: Path, device: str) -> list[StepRecord]:
+def _train(
+    student: Student, model: Any, curriculum: Curriculum, plan: Plan, work: Path, device: str
+) -> list[StepRecord]:
+    batch_at = replace(curriculum, batches=plan.steps, rows=plan.rows, length=plan.length)
     settings = TrainSettings(
         steps=plan.steps,
         lr=plan.lr,
@@ -213,7 +241,7 @@ def _train(model: Any, curriculum: Curriculum, plan: Plan, work: Path, device: s
         workers=max((os.cpu_count() or 1) - 2, 0) if device == "cuda" else 0,
     )
     return train(
-        model, curriculum, weighted_loss, settings, work / "training", device=device, title="tiny-lm"
+        model, batch_at, weighted_loss, settings, work / "training", device=device, title=student.name
     )
 
 
@@ -229,7 +257,7 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _training_facts(
-    plan: Plan, records: list[StepRecord], device: str, documents: int, corpus: int
+    student: Student, plan: Plan, records: list[StepRecord], device: str, documents: int, corpus: int
 ) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     every = max(len(records) // 200, 1)
@@ -240,7 +268,7 @@ def _training_facts(
         "data": f"{documents} files of the standard library of Python {platform.python_version()} "
         f"({corpus / 1e6:.1f} M tokens), generated additions and recall lists, repeated random tokens",
         "tokens": tokens,
-        "text_passes": round(tokens * text_share() / corpus, 1),
+        "text_passes": round(tokens * text_share(student.shares) / corpus, 1),
         "minutes": round(sum(record.seconds for record in records) / 60, 2),
         "device": name,
         "final_loss": round(sum(record.loss for record in last) / len(last), 4),

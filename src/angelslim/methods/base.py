@@ -1,12 +1,13 @@
 """What a method is. There are three kinds, and nothing else:
 
 * **Blockwise** gets one decoder block at a time with its calibration inputs and hands in quantized layers
-  (post-training quantization and the transforms before it).
+  (post-training quantization), or changes the block first in a way that rounding likes better (transforms).
 * **Trained** gives a loss to the one training loop (quantization-aware training, distillation, drafts).
 * **Attached** puts removable hooks on a loaded model (sparse attention, token pruning).
 
-A module in ``methods/ptq/`` defines ``METHOD``, a class with the `Blockwise` protocol; its file name is the
-name that recipes use.
+A module in ``methods/ptq/`` or ``methods/transform/`` defines ``METHOD``, a class with the `Blockwise` protocol; its
+file name is the name that recipes use. A module in ``methods/rewrite/`` defines ``METHOD`` with the `Rewrite`
+protocol: it changes the whole checkpoint while it is read, without data.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ..base.registry import Registry
+from ..models.block import Block
+from ..models.loading import Source
 from ..models.select import Layer
 from ..models.structure import Group
-from ..models.walk import Block
 from ..numerics.scheme import Scheme
 
 
 class Blockwise(Protocol):
-    """Quantizes the layers of one block after another.
+    """Works on the layers of one block after another.
 
-    The engine calls `process` once for each block in order, and for the layers outside the blocks. With
-    calibration data, `block.advance` runs the samples through the block; the engine calls it if `process` has
-    not. A method whose next block shall see what its rounding did calls `block.collect` to watch the original
-    block, `block.replace` for each weight, then `block.advance`.
+    The engine calls `process` once for each block in order, and for the layers outside the blocks; where experts
+    are streamed, for each expert too. With calibration data, `block.advance` runs the samples through the block;
+    the engine calls it if `process` has not. A method whose next block shall see what its rounding did calls
+    `block.collect` to watch the original block, `block.replace` for each weight, then `block.advance`.
+
+    A transform runs before the rounding method, is called only for blocks with samples, changes weights with
+    `block.rewrite`, and neither emits nor advances.
     """
 
     reads: frozenset[str]  # the options it knows; others that a recipe sets are reported as having no effect
@@ -45,7 +50,21 @@ class Blockwise(Protocol):
         """Estimate the bytes that `process` holds for these layers of a block, beside the block and its results."""
 
     def process(self, block: Block) -> None:
-        """Quantize every layer of `block` and hand each in with `block.emit`."""
+        """Quantize every layer of `block` and hand each in with `block.emit`; a transform changes them instead."""
+
+
+class Rewrite(Protocol):
+    """Changes a model's weights as they are read, leaving its function as it was."""
+
+    reads: frozenset[str]
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """Take the options from the recipe; wrong values are a `ConfigError`."""
+
+    def rewrite(self, source: Source) -> Source:
+        """Return a source whose tensors are the changed ones; refuse a model that it cannot change."""
 
 
 PTQ: Registry[type[Blockwise]] = Registry("method", "angelslim.methods.ptq", "METHOD")
+TRANSFORMS: Registry[type[Blockwise]] = Registry("transform", "angelslim.methods.transform", "METHOD")
+REWRITES: Registry[type[Rewrite]] = Registry("rewrite", "angelslim.methods.rewrite", "METHOD")

@@ -42,6 +42,7 @@ class Source:
     model: Any  # transformers model, parameters on the meta device
     targets: dict[str, Target] = field(default_factory=dict)  # checkpoint tensor -> parameter
     rules: dict[str, Any] = field(default_factory=dict)  # conversion pattern -> transformers rule
+    edits: dict[str, Any] = field(default_factory=dict)  # what a rewrite changed in config.json
 
     @cached_property
     def structure(self) -> Structure:
@@ -103,12 +104,16 @@ class Source:
         filled = rule.convert(name, model=self.model, config=self.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in filled.items()}
 
-    def materialize(self, path: str, device: torch.device) -> nn.Module:
-        """Fill the parameters and the stored buffers of the module at `path` from disk; returns the module."""
+    def materialize(self, path: str, device: torch.device, leave: frozenset[str] = frozenset()) -> nn.Module:
+        """Fill the parameters and the stored buffers of the module at `path` from disk; returns the module.
+
+        Modules whose paths are in `leave` stay empty.
+        """
         module: nn.Module = self.model.get_submodule(path)
         prefix = f"{path}." if path else ""
         pending = {prefix + name for name, value in module.named_parameters() if value.is_meta}
         pending |= {prefix + name for name, _ in module.named_buffers()} & self.tensors_of.keys()
+        pending = {name for name in pending if name.rpartition(".")[0] not in leave}
         while pending:
             name = min(pending)
             filled = self.parameter(self._tied(name))
@@ -117,7 +122,10 @@ class Source:
             for key, value in filled.items():
                 self._fill(key, value.to(device))
                 pending.discard(key)
-        module.to(device=device)
+        for child in module.modules():
+            for leaf, buffer in child._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    child._buffers[leaf] = buffer.to(device)
         return module
 
     def _tied(self, name: str) -> str:

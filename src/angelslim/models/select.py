@@ -7,7 +7,7 @@ and how engines read them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..base.errors import SchemeError
@@ -15,6 +15,7 @@ from ..config.ignore import matches
 from ..numerics.quantize import tile_of
 from ..numerics.scheme import Scheme
 from .loading import Source
+from .overrides import Overrides
 from .structure import Group
 
 
@@ -47,6 +48,7 @@ class Choice:
     """What a recipe asks for beyond the linears of the decoder blocks, and what it leaves alone."""
 
     ignore: tuple[str, ...] = ()  # entries of `ignore_layers`
+    overrides: tuple[tuple[str, Scheme | None], ...] = ()  # other schemes for some layers; None keeps them
     head: bool = False
     embeddings: bool = False
     towers: frozenset[str] = frozenset()  # "vision", "audio", "projector"
@@ -56,11 +58,14 @@ def select(source: Source, scheme: Scheme, choice: Choice = Choice()) -> Selecti
     """Choose the layers of a model for one scheme.
 
     An embedding is looked up, not multiplied with, so it gets the scheme's weight and no input. A scheme whose
-    groups do not fit is refused at once, naming every offending layer.
+    groups do not fit is refused at once, naming every offending layer. What is ignored stays so, whatever the
+    overrides say.
     """
     _refuse_tied(source, choice)
+    overrides = Overrides(choice.overrides, scheme)
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
+    schemes: dict[str, Scheme | None] = {}  # of the layers by their own names, for those that engines join
     for tensor, info in source.checkpoint.tensors.items():
         if len(info.shape) < 2:
             continue
@@ -69,13 +74,17 @@ def select(source: Source, scheme: Scheme, choice: Choice = Choice()) -> Selecti
         embedding = module in source.structure.embeddings
         if not reason:
             reason = _refusal(source, name, module or name, choice)
-        if reason:
-            skipped[name] = reason
+        own = None if reason else overrides.scheme_of(name, module or name)
+        schemes[module or name] = own
+        if own is None:
+            skipped[name] = reason or f"override: {overrides.decided[module or name]}"
             continue
         shape = (info.shape[0], info.shape[1])
         path = source.targets[tensor].parameter
-        own = Scheme(scheme.weight) if embedding else scheme
+        own = Scheme(own.weight) if embedding else own
         layers.append(Layer(name, tensor, module, shape, source.structure.block_of(path), own))
+    overrides.refuse_unused(skipped)
+    overrides.refuse_mixed(schemes, source.structure)
     _check_fit(layers)
     return Selection(tuple(layers), skipped)
 
@@ -151,3 +160,20 @@ def groups_by_linear(source: Source) -> dict[str, Group]:
         for group in groups
         for linear in group.linears
     }
+
+
+def kept_matrices(source: Source, quantized: Collection[str | None]) -> list[str]:
+    """Return the matrices in full precision that engines might take for linears, given the quantized modules.
+
+    Both the model's and the checkpoint's names are listed. Routers belong to them: transformers computes them as
+    functions, vLLM builds them as linears.
+    """
+    structure = source.structure
+    routers = {name for groups in structure.groups.values() for group in groups for name in group.others}
+    kept = [name for name in structure.linears if name not in quantized]
+    stored = [
+        tensor.removesuffix(".weight")
+        for tensor, target in source.targets.items()
+        if target.pattern is None and target.parameter.removesuffix(".weight") in routers | set(kept)
+    ]
+    return list(dict.fromkeys([*kept, *stored]))

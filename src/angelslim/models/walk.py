@@ -11,131 +11,26 @@ Samples run one by one at their own length, so no padding exists and none can en
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
-from ..numerics.error import Histogram, LayerRecord, error_of
-from ..numerics.quantize import Quantized
 from .activations import ActivationStore
+from .block import Observe, ObservePair
+from .experts import ExpertRunner, StreamedExperts, streamable, watching
 from .loading import Source
-from .select import Layer
-from .structure import Group
 
-Observe = Callable[[Tensor], None]
-ObservePair = Callable[[Tensor, Tensor | None], None]
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """A method's result for one layer: its codes and scales, the static input scale if any, its record."""
-
-    layer: Layer
-    weight: Quantized
-    input_scale: Tensor | None
-    record: LayerRecord
-
-
-@dataclass
-class Block:
-    """What a blockwise method works on: the layers of one block, and the means to run it.
-
-    Without calibration data `samples` is 0 and only `weight` and `emit` may be used.
-    """
-
-    source: Source
-    index: int | None
-    layers: tuple[Layer, ...]
-    groups: dict[str, Group]  # linear's module path -> its group
-    device: torch.device
-    samples: int = 0
-    stream: BlockStream | None = None
-    results: list[QuantizedLayer] = field(default_factory=list)
-    advanced: bool = False
-
-    def weight(self, layer: Layer) -> Tensor:
-        """Return a layer's weight ``[out, in]``, refusing NaN and infinity."""
-        if layer.module is not None and self.samples:
-            weight: Tensor = self.source.model.get_submodule(layer.module).weight
-        else:
-            weight = self.source.checkpoint.read(layer.tensor).to(self.device)
-        if not all(math.isfinite(value) for value in torch.stack(torch.aminmax(weight)).tolist()):
-            raise ModelError(
-                f"The weight {layer.tensor!r} holds NaN or infinity.",
-                fix="The source model is damaged; restore this tensor or add the layer to ignore_layers.",
-            )
-        return weight
-
-    def advance(self, observe: Mapping[str, Observe] | None = None) -> None:
-        """Run all samples through the block as it is now and keep the outputs as the next block's inputs.
-
-        `observe` maps module paths of linears to functions that receive each of their inputs ``[tokens, in]``.
-        """
-        assert self.stream is not None and self.index is not None
-        self.stream.run(self.index, observe or {}, keep=True)
-        self.advanced = True
-
-    def collect(self, observe: Mapping[str, Observe]) -> None:
-        """Run all samples through the block as it is now and keep nothing; `observe` is that of `advance`."""
-        assert self.stream is not None and self.index is not None
-        self.stream.run(self.index, observe, keep=False)
-
-    def compare(self, observe: Mapping[str, ObservePair]) -> None:
-        """Run all samples through the block as it is now, from their own inputs and from the original model's.
-
-        `observe` gets both inputs of a linear ``[tokens, in]``; the second is None where the tokens of the two
-        cannot be matched (an expert that was sent others). Only for methods that follow the original, which call
-        it once, before they replace a weight.
-        """
-        assert self.stream is not None and self.index is not None
-        self.stream.compare(self.index, observe)
-
-    def replace(self, layer: Layer, weight: Tensor) -> None:
-        """Let the block compute with another weight ``[out, in]`` from now on, in the model's own type."""
-        assert layer.module is not None and self.samples
-        module = self.source.model.get_submodule(layer.module)
-        module.weight = nn.Parameter(weight.to(module.weight.dtype), requires_grad=False)  # type: ignore[arg-type]
-
-    def emit(
-        self,
-        layer: Layer,
-        original: Tensor,
-        weight: Quantized,
-        input_scale: Tensor | None = None,
-        activations: Histogram | None = None,
-        *,
-        output_error: float | None = None,
-        note: str = "",
-    ) -> None:
-        """Hand in a layer's result, with the weight it replaces for the record."""
-        restored = weight.dequantize()
-        sqnr_db, relative_error = error_of(original, restored)
-        record = LayerRecord(
-            name=layer.name,
-            block=layer.block,
-            scheme=str(layer.scheme),
-            shape=layer.shape,
-            bits_per_weight=weight.bits_per_weight,
-            sqnr_db=sqnr_db,
-            relative_error=relative_error,
-            weights=Histogram.of(original, restored),
-            activations=activations,
-            input_scale=None if input_scale is None else float(input_scale),
-            output_error=output_error,
-            note=note,
-        )
-        self.results.append(QuantizedLayer(layer, weight, input_scale, record))
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block after the hidden states
 
 
 class BlockStream:
-    """Walks the blocks of an opened model with calibration samples ``[1, tokens]`` of token ids.
+    """Walks the blocks of an opened model with calibration samples: token ids ``[1, tokens]``, or named tensors.
 
     With `follow_original` each sample is stored twice: entry s passes through the blocks as a method leaves
     them, entry ``len(samples) + s`` through the original ones. Both are committed and resumed together.
@@ -144,22 +39,24 @@ class BlockStream:
     def __init__(
         self,
         source: Source,
-        samples: Sequence[Tensor],
+        samples: Sequence[Tensor | Mapping[str, Tensor]],
         store: ActivationStore,
         device: torch.device,
         *,
         follow_original: bool = False,
     ) -> None:
-        self.source, self.samples, self.store, self.device = source, list(samples), store, device
+        self.source, self.store, self.device = source, store, device
+        self.samples = [{"input_ids": each} if isinstance(each, Tensor) else dict(each) for each in samples]
         self.blocks = source.structure.blocks
         self.entries = len(self.samples) * (2 if follow_original else 1)
-        self._calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = []  # sample -> block -> call
+        self.experts: dict[str, StreamedExperts] = {}  # those of the resident block
+        self._calls: list[dict[int, Call]] = []  # sample -> block -> call
         self._interned: dict[str, Tensor] = {}
 
     def prepare(self, first: int) -> None:
         """Run the skeleton; generation 0 is stored unless the walk continues at block `first` > 0."""
-        for sample, ids in enumerate(self.samples):
-            hidden, calls = self._record(ids)
+        for sample, inputs in enumerate(self.samples):
+            hidden, calls = self._record(inputs)
             self._calls.append(calls)
             if first == 0:
                 for entry in range(sample, self.entries, len(self.samples)):
@@ -167,20 +64,33 @@ class BlockStream:
         self.source.free("")
 
     @contextmanager
-    def resident(self, index: int) -> Iterator[nn.Module]:
-        """Hold one block's weights in memory."""
+    def resident(self, index: int) -> Iterator[BlockRunner]:
+        """Hold one block's weights in memory, without those of its experts where they can be streamed."""
         path = self.blocks[index]
+        self.experts = {
+            name: StreamedExperts(self.source, tensors, self.device, len(self.samples))
+            for name, tensors in streamable(self.source, path).items()
+        }
         try:
-            yield self.source.materialize(path, self.device)
+            with ExitStack() as standing_in:
+                for experts in self.experts.values():
+                    standing_in.enter_context(experts.installed())
+                self.source.materialize(path, self.device, leave=frozenset(self.experts))
+                yield BlockRunner(self, index)
         finally:
             self.source.free(path)
+            self.experts = {}
 
     def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool) -> None:
-        """Run every sample through block `index`; `keep` stores the outputs as the next generation."""
-        with self._observed(observe):
+        """Run every sample through block `index`; `keep` stores the outputs as the next generation.
+
+        With streamed experts, `keep` notes what is asked of them instead; `finish` stores the outputs.
+        """
+        modules = {path: self.source.model.get_submodule(path) for path in observe}
+        with watching(modules, observe), torch.no_grad():
             for sample in range(len(self.samples)):
-                output = self._forward(index, sample)
-                if keep:
+                output = self._forward(index, sample, "record" if keep else "silent")
+                if keep and not self.experts:
                     self._advance(index, sample, output)
 
     def compare(self, index: int, observe: Mapping[str, ObservePair]) -> None:
@@ -188,53 +98,85 @@ class BlockStream:
         count = len(self.samples)
         assert self.entries == 2 * count, "the method does not say that it follows the original"
         seen: dict[str, Tensor] = {}
-        with self._observed({path: partial(seen.__setitem__, path) for path in observe}):
-            for sample, ids in enumerate(self.samples):
-                self._forward(index, sample)
+        modules = {path: self.source.model.get_submodule(path) for path in observe}
+        functions = {path: partial(seen.__setitem__, path) for path in observe}
+        with watching(modules, functions), torch.no_grad():
+            for sample, given in enumerate(self.samples):
+                self._forward(index, sample, "silent")
                 inputs = dict(seen)
                 seen.clear()
-                self._advance(index, count + sample, self._forward(index, count + sample))
+                output = self._forward(index, count + sample, "record")
+                if not self.experts:
+                    self._advance(index, count + sample, output)
                 for path, values in inputs.items():
                     original = seen.get(path)
                     # A whole number of rows per token: nothing was routed away, so rows belong together.
                     matched = original is not None and original.shape == values.shape
-                    whole = values.shape[0] % ids.shape[1] == 0
+                    whole = values.shape[0] % given["input_ids"].shape[1] == 0
                     observe[path](values, original if matched and whole else None)
                 seen.clear()
+
+    def finish(self, index: int) -> None:
+        """Run block `index` once more with the answers of its experts, and store the outputs.
+
+        The original's entries need the block's original weights, which are read again.
+        """
+        if not self.experts:
+            return
+        count = len(self.samples)
+        with torch.no_grad():
+            for entry in range(self.entries):
+                if entry == count:
+                    self.source.free(self.blocks[index])
+                    self.source.materialize(self.blocks[index], self.device, leave=frozenset(self.experts))
+                self._advance(index, entry, self._forward(index, entry, "play"))
+
+    def through(self, index: int) -> None:
+        """Run every sample through the resident block `index` as it is, its experts too, and store the outputs."""
+        self.run(index, {}, keep=True)
+        for experts in self.experts.values():
+            for tensors in experts.tensors:
+                ExpertRunner(experts, tensors.index).run({}, keep=True)
+        self.finish(index)
+
+    def forward(self, index: int, samples: Sequence[int]) -> Tensor:
+        """Return the outputs ``[samples, tokens, hidden]`` of block `index`; streamed experts answer zero."""
+        calls = [self._calls[sample][index] for sample in samples]
+        hidden = [self.store.get(index, sample) for sample in samples]
+        alike = all(_same(call, calls[0]) for call in calls) and len({each.shape for each in hidden}) == 1
+        self._set_mode("silent", 0)
+        if alike:
+            return self._call(index, torch.cat(hidden), calls[0])
+        return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
 
     def _advance(self, index: int, entry: int, output: Tensor) -> None:
         self.store.put(index + 1, entry, output)
         self.store.drop(index, entry)
 
-    def _forward(self, index: int, entry: int) -> Tensor:
+    def _set_mode(self, mode: Literal["silent", "record", "play"], entry: int) -> None:
+        for experts in self.experts.values():
+            experts.mode, experts.entry = mode, entry
+
+    def _forward(self, index: int, entry: int, mode: Literal["silent", "record", "play"]) -> Tensor:
         sample = entry % len(self.samples)
-        module = self.source.model.get_submodule(self.blocks[index])
-        args, kwargs = self._calls[sample][index]
-        with torch.no_grad():
-            output = module(self.store.get(index, entry).to(self.device), *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        if not hidden.isfinite().all():
+        self._set_mode(mode, entry)
+        output = self._call(index, self.store.get(index, entry), self._calls[sample][index])
+        if not output.isfinite().all():
             raise ModelError(
                 f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
                 fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
             )
-        return hidden
+        return output
 
-    @contextmanager
-    def _observed(self, observe: Mapping[str, Observe]) -> Iterator[None]:
-        hooks = [
-            self.source.model.get_submodule(path).register_forward_pre_hook(_observer_hook(function))
-            for path, function in observe.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _call(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        module = self.source.model.get_submodule(self.blocks[index])
+        output = module(hidden.to(self.device), *call[0], **call[1])
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
 
-    def _record(self, ids: Tensor) -> tuple[Tensor, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    def _record(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[int, Call]]:
         model = self.source.model
-        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        calls: dict[int, Call] = {}
         first: list[Tensor] = []
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         modules = [model.get_submodule(path) for path in self.blocks]
@@ -255,7 +197,7 @@ class BlockStream:
             module.forward = recorder(index)
         try:
             with torch.no_grad():
-                model(input_ids=ids.to(self.device), use_cache=False)
+                model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
         except _Recorded:
             pass
         finally:
@@ -300,8 +242,54 @@ class _Recorded(Exception):
     """Raised when the last block has been recorded."""
 
 
-def _observer_hook(function: Observe) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        function(args[0].detach().reshape(-1, args[0].shape[-1]))
+@dataclass(frozen=True)
+class BlockRunner:
+    """One resident block of a stream, as a method's `Block` sees it."""
 
-    return hook
+    stream: BlockStream
+    index: int
+
+    @property
+    def samples(self) -> int:
+        """How many calibration samples there are."""
+        return len(self.stream.samples)
+
+    @property
+    def module(self) -> nn.Module:
+        """The resident block."""
+        return self.submodule(self.stream.blocks[self.index])
+
+    def submodule(self, path: str) -> nn.Module:
+        """Return a module of the model by its full path."""
+        found: nn.Module = self.stream.source.model.get_submodule(path)
+        return found
+
+    def run(self, observe: Mapping[str, Observe], *, keep: bool) -> None:
+        """Run every sample through the block."""
+        self.stream.run(self.index, observe, keep=keep)
+
+    def compare(self, observe: Mapping[str, ObservePair]) -> None:
+        """Run every sample from both of its inputs."""
+        self.stream.compare(self.index, observe)
+
+    def forward(self, samples: Sequence[int]) -> Tensor:
+        """Return the block's outputs for samples of one length."""
+        return self.stream.forward(self.index, samples)
+
+    def scale_expert_inputs(self, path: str, scale: Tensor) -> bool:
+        """Multiply the input columns of streamed experts when they are read."""
+        experts = self.stream.experts.get(path)
+        if experts is not None:
+            experts.scale = scale if experts.scale is None else experts.scale * scale
+        return experts is not None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Say whether two calls have the same arguments; tensors were interned, so equal ones are one object."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)

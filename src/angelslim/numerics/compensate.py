@@ -22,7 +22,7 @@ All arithmetic is float32. One `Factor` serves every linear that reads the same 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def gptq(weight: Tensor, factor: Factor, rounded: Quantized) -> Quantized:
         if drift is not None:
             work[stop:].addmm_(drift[start:stop, stop:].T, block)
     in_place = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
-    return Quantized(in_place, rounded.scale, rounded.zero, quant)
+    return replace(rounded, codes=in_place)
 
 
 def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:

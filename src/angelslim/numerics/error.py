@@ -58,6 +58,7 @@ class LayerRecord:
         None  # of the layer's outputs on the calibration inputs, where a method knows it
     )
     note: str = ""  # what a reader has to know, such as a layer that a method could only round
+    choice: str = ""  # what a search settled on for the layer, and what that gained
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LayerRecord:

@@ -132,8 +132,8 @@ KINDS = ("absmax", "percentile", "mse")
 
 def make_observer(kind: str, grid: Format, percent: float = 99.99) -> Observer:
     """Build the observer called `kind` for values that will be stored on `grid`."""
-    if kind == "absmax":
-        return AbsMax()
+    if kind == "absmax" or (kind in KINDS and grid.bits == 4):
+        return AbsMax()  # the static part of a four-bit input's scales has only to cover the others
     if kind == "percentile":
         return Percentile(percent)
     if kind == "mse":

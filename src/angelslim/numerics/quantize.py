@@ -6,7 +6,9 @@ single code path to trust. All arithmetic is float32; codes are int8 (integer fo
 ``float8_e4m3fn``; scales keep one element per tile: ``[ceil(out / r), ceil(in / c)]``.
 
 Integer scales divide the range by ``2^b - 1`` steps (symmetric: ``amax / ((2^b - 1) / 2)``), which is the
-convention of compressed-tensors; float scales divide by the largest code, 448 for E4M3.
+convention of compressed-tensors; float scales divide by the largest code, 448 for E4M3 and 6 for E2M1. Scales that
+are small numbers themselves (MXFP4, NVFP4, ...) are rounded by `scales`; what codes are multiplied with is a float
+all the same. FP4 codes are kept as E4M3 numbers, which hold all of them.
 """
 
 from __future__ import annotations
@@ -18,20 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.errors import SchemeError
-from .scheme import Format, Granularity, Quant
+from . import channel_scales
+from .scales import SCALE_BITS, half_range, outer_scale, stored_scales
+from .scheme import PLAIN_SCALES, Format, Granularity, Quant
 
 TINY = torch.finfo(torch.float32).tiny
 STORAGE = {"int": torch.int8, "float": torch.float8_e4m3fn}
+SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # scales of no other type
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix: codes ``[out, in]``, scale and zero ``[tiles down, tiles across]``."""
+    """A quantized matrix: codes ``[out, in]``, scale and zero ``[tiles down, tiles across]``.
+
+    NVFP4's scales are float32 factors here too; `global_scale` ``[1, 1]`` is what the stored ones are divided by.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     quant: Quant
+    global_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Return the float32 matrix that the codes stand for."""
@@ -40,8 +49,10 @@ class Quantized:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each weight, scales and zero points included."""
-        bits = self.codes.numel() * self.quant.format.bits + self.scale.numel() * self.scale.itemsize * 8
+        bits = self.codes.numel() * self.quant.format.bits
+        bits += self.scale.numel() * SCALE_BITS.get(self.quant.scale, self.scale.itemsize * 8)
         bits += self.zero.numel() * self.quant.format.bits if self.zero is not None else 0
+        bits += 32 if self.global_scale is not None else 0
         return bits / self.codes.numel()
 
 
@@ -95,19 +106,33 @@ def tile_range(matrix: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor
     return low.float().clamp(max=0), high.float().clamp(min=0)
 
 
+def outer_of(low: Tensor, high: Tensor, quant: Quant) -> Tensor | None:
+    """Return what the scales of these ranges have in common, to pass on as `outer`; None for one-level scales."""
+    return outer_scale(torch.maximum(-low, high), quant)
+
+
 def scales_from_range(
-    low: Tensor, high: Tensor, quant: Quant, scale_dtype: torch.dtype = torch.float32
+    low: Tensor,
+    high: Tensor,
+    quant: Quant,
+    scale_dtype: torch.dtype = torch.float32,
+    outer: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (scale in `scale_dtype`, zero) that cover [low, high]; a range of zero width gets the scale 1.
 
     The zero point is the integer code of the real number 0, chosen for the scale as it will be stored;
     symmetric schemes have none. Scales are divided in float64: GPUs multiply by a rounded reciprocal
     otherwise, and every device shall find the same scales.
+
+    Where `quant.scale` is not free it decides the scales' type, and `outer` is that of `outer_of`: given by who
+    compares several ranges of one tensor, or shares it between tensors.
     """
     grid = quant.format
+    scale_dtype = SCALE_TYPES.get(quant.scale, scale_dtype)
+    if quant.scale not in PLAIN_SCALES:
+        return stored_scales(torch.maximum(-low, high), quant, outer), None
     if quant.symmetric:
-        half_range = grid.high if grid.kind == "float" else (grid.high - grid.low) / 2
-        return _safe(torch.maximum(-low, high).double() / half_range, scale_dtype), None
+        return _safe(torch.maximum(-low, high).double() / half_range(grid), scale_dtype), None
     scale = _safe((high - low).double() / (grid.high - grid.low), scale_dtype)
     zero = (grid.low - low / scale.float()).round().clamp(grid.low, grid.high)
     return scale, zero.to(torch.int8)
@@ -120,30 +145,60 @@ def _safe(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def round_to(values: Tensor, grid: Format) -> Tensor:
     """Round to the nearest code (ties to even) and clamp to the format's limits."""
-    if grid.kind == "float":
-        return values.clamp(grid.low, grid.high).to(STORAGE["float"])
-    return values.round().clamp(grid.low, grid.high).to(STORAGE["int"])
+    if grid.kind == "int":
+        return values.round().clamp(grid.low, grid.high).to(STORAGE["int"])
+    values = values.clamp(grid.low, grid.high)
+    return (_nearest_fp4(values) if grid.bits == 4 else values).to(STORAGE["float"])
 
 
-def quantize_with(matrix: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) -> Quantized:
+def _nearest_fp4(values: Tensor) -> Tensor:
+    """Round to 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: one mantissa bit, ties to the even one."""
+    size = values.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (values / step).round() * step
+
+
+def quantize_with(
+    matrix: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant, global_scale: Tensor | None = None
+) -> Quantized:
     """Quantize a ``[rows, columns]`` matrix with scales that are already known."""
     shape = (matrix.shape[0], matrix.shape[1])
     tile = tile_of(quant.granularity, shape)
     scaled = matrix.float() / spread(scale.float(), tile, shape)
     if zero is not None:
         scaled += spread(zero.float(), tile, shape)
-    return Quantized(round_to(scaled, quant.format), scale, zero, quant)
+    return Quantized(round_to(scaled, quant.format), scale, zero, quant, global_scale)
 
 
-def quantize(matrix: Tensor, quant: Quant, scale_dtype: torch.dtype = torch.float32) -> Quantized:
+def quantize(
+    matrix: Tensor,
+    quant: Quant,
+    scale_dtype: torch.dtype = torch.float32,
+    global_scale: Tensor | None = None,
+) -> Quantized:
     """Round a ``[rows, columns]`` matrix to nearest under `quant`.
 
-    Scales are rounded to `scale_dtype` *before* the codes are chosen, so that an engine which keeps its scales
-    in that type computes with exactly the numbers that were optimised here.
+    Scales are rounded to `scale_dtype`, or to what `quant.scale` says, *before* the codes are chosen, so that an
+    engine which keeps its scales in that type computes with exactly the numbers that were optimised here.
+    `global_scale` ``[1, 1]`` is NVFP4's, where it is shared or was calibrated.
     """
     low, high = tile_range(matrix, quant.granularity)
-    scale, zero = scales_from_range(low, high, quant, scale_dtype)
-    return quantize_with(matrix, scale, zero, quant)
+    if quant.scale == "fp8_channel":
+        scale = channel_scales.search(
+            torch.maximum(-low, high).double() / half_range(quant.format),
+            lambda tried: _tile_error(matrix, tried, quant),
+        )
+        return quantize_with(matrix, scale, None, quant)
+    outer = outer_of(low, high, quant) if global_scale is None else global_scale
+    scale, zero = scales_from_range(low, high, quant, scale_dtype, outer)
+    return quantize_with(matrix, scale, zero, quant, outer)
+
+
+def _tile_error(matrix: Tensor, scale: Tensor, quant: Quant) -> Tensor:
+    """Return the sum of squared rounding errors of each tile, ``[tiles down, tiles across]``."""
+    error = matrix.float() - quantize_with(matrix, scale, None, quant).dequantize()
+    tile = tile_of(quant.granularity, (matrix.shape[0], matrix.shape[1]))
+    return _tiled(error.square_(), tile).sum(dim=(1, 3))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) -> Tensor:
@@ -159,8 +214,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) 
 def fake_quantize(values: Tensor, quant: Quant, scale: Tensor | None = None) -> Tensor:
     """Quantize and return to the dtype of `values` ``[..., in]``: what a quantized engine multiplies with.
 
-    Dynamic schemes take their scales from `values` itself; static ones need `scale`.
+    Dynamic schemes take their scales from `values` itself; static ones need `scale`. NVFP4 does both: `scale` is
+    its global one, the groups' are computed.
     """
     matrix = values.reshape(-1, values.shape[-1])
-    quantized = quantize(matrix, quant) if scale is None else quantize_with(matrix, scale, None, quant)
+    if scale is None or quant.scale == "e4m3":
+        quantized = quantize(matrix, quant, global_scale=scale)
+    else:
+        quantized = quantize_with(matrix, scale, None, quant)
     return quantized.dequantize().to(values.dtype).reshape(values.shape)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 # Marker colour -> CSS variable of templates/report.css.
 INK, MUTED, LINE, SURFACE = "#010101", "#020202", "#030303", "#040404"
-BEFORE, AFTER = "#050505", "#060606"
+BEFORE, AFTER, BAD = "#050505", "#060606", "#090909"
 LEVELS = ("#070701", "#070702", "#070703", "#070704", "#070705", "#070706", "#070707")  # good .. bad
 LEVEL_INKS = ("#080801", "#080802", "#080803", "#080804", "#080805", "#080806", "#080807")  # text on them
 VARIABLES = {
@@ -28,6 +28,7 @@ VARIABLES = {
     SURFACE: "surface",
     BEFORE: "before",
     AFTER: "after",
+    BAD: "bad",
     **{color: f"level-{index}" for index, color in enumerate(LEVELS)},
     **{color: f"level-ink-{index}" for index, color in enumerate(LEVEL_INKS)},
 }
@@ -67,6 +68,11 @@ def canvas(width: float, height: float) -> Iterator[tuple[Any, Any]]:
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         yield figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+
+def shorten(name: str, most: int) -> str:
+    """Cut a name to at most `most` characters."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def place(axes: Any, left: float, right: float, top: float, bottom: float) -> None:

@@ -6,9 +6,10 @@ this package made itself go in as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
@@ -28,15 +29,20 @@ def render_html(records: Sequence[RunRecord]) -> str:
     """Return the page for one run, or the comparison of several."""
     if not records:
         raise DataError("There is no run to report on.", fix="Give at least one output folder.")
+    return render("report", context(records))
+
+
+def render(page: str, shown: Mapping[str, Any]) -> str:
+    """Fill the template called `page`; style sheet and script are put into it."""
     environment = Environment(
-        loader=DictLoader({"page": template("report.html.j2")}),
+        loader=DictLoader({"page": template(f"{page}.html.j2")}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     assets = {name: Markup(template(f"report.{name}")) for name in ("css", "js")}  # noqa: S704  package files
-    return environment.get_template("page").render(**context(records), **assets)
+    return environment.get_template("page").render(**shown, **assets)
 
 
 def write_html(records: Sequence[RunRecord], path: Path) -> Path:

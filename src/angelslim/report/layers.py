@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..numerics.error import LayerRecord
 
@@ -26,13 +26,18 @@ def short_roles(roles: Sequence[str]) -> dict[str, str]:
     return {name: end if last.count(end) == 1 else name for name, end in zip(roles, last, strict=True)}
 
 
-def grid(layers: Sequence[LayerRecord]) -> dict[str, dict[int, float]]:
-    """Return ``{role: {block: SQNR in dB}}`` of the decoder stack; several experts show their worst."""
+def grid(
+    layers: Sequence[LayerRecord],
+    value: Callable[[LayerRecord], float | None] = lambda layer: layer.sqnr_db,
+    worse: Callable[[float, float], float] = min,
+) -> dict[str, dict[int, float]]:
+    """Return ``{role: {block: value}}`` of the decoder stack, SQNR in dB by default; several experts show their worst."""
     cells: dict[str, dict[int, float]] = {}
     for layer in layers:
-        if layer.block is not None:
+        found = value(layer)
+        if layer.block is not None and found is not None:
             row = cells.setdefault(role(layer), {})
-            row[layer.block] = min(row.get(layer.block, math.inf), layer.sqnr_db)
+            row[layer.block] = worse(row.get(layer.block, found), found)
     return cells
 
 

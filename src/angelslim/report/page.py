@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..numerics.error import LayerRecord
-from . import plots, words
+from . import experts, plots, words
+from .heat import share
 from .layers import worst
 from .record import RunRecord
 from .rows import Row, disagreements, labels, quality_metrics, rows, speed_metrics
@@ -124,6 +125,7 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         "name": name,
         "summary": _summary(record),
         "grid": plots.error_grid(record.layers),
+        "outputs": plots.output_grid(record.layers),
         "worst": [_layer(layer) for layer in bad],
         "worst_title": f"Worst {len(bad)} of {len(record.layers)} layers",
         "histograms": [c for layer in worst(record.layers, HISTOGRAMS) for c in _histograms(layer)][
@@ -131,6 +133,9 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         ],
         "mixed": mixed(record),
         "scaled": any(layer.input_scale is not None for layer in record.layers),
+        "reached": any(layer.output_error is not None for layer in record.layers),
+        "noted": any(layer.note or layer.choice for layer in record.layers),
+        "experts": experts.section(record.experts),
         "layers": [_layer(layer) for layer in record.layers],
         "skipped": sorted(record.skipped.items()),
         "command": record.command or "The command was not recorded.",
@@ -161,6 +166,9 @@ def _layer(layer: LayerRecord) -> dict[str, str]:
         "sqnr_key": repr(min(layer.sqnr_db, 1e9)),
         "error": words.percent(layer.relative_error),
         "error_key": repr(layer.relative_error),
+        "output": NONE if layer.output_error is None else share(layer.output_error),
+        "output_key": "-1" if layer.output_error is None else repr(layer.output_error),
+        "note": "; ".join(filter(None, (layer.note, layer.choice))),
         "scale": NONE if layer.input_scale is None else f"{layer.input_scale:.4g}",
         "scale_key": "-1" if layer.input_scale is None else repr(layer.input_scale),
     }

@@ -15,21 +15,27 @@ import numpy as np
 from ..evaluate.base import Score
 from ..numerics.error import Histogram, LayerRecord
 from . import words
-from .drawing import AFTER, BEFORE, INK, LEVEL_INKS, LEVELS, LINE, MUTED, SURFACE, canvas, place, to_svg
+from .drawing import AFTER, BEFORE, INK, LINE, MUTED, SURFACE, canvas, place, shorten, to_svg
+from .heat import OUTPUT_ERROR, SQNR, heat
 from .layers import grid, short_roles
 from .record import RunRecord
 from .rows import Row
 
-PAGE = 1000  # widest chart in pixels
-CELL = 26  # height of a grid row and of a bar's row
-CHARACTER = 7.2  # a generous width of one character at 12 pixels
+CELL = 26  # height of a bar's row
 
 
 def error_grid(layers: Sequence[LayerRecord]) -> str:
     """Draw SQNR (dB) as a grid of blocks x roles."""
     cells = grid(layers)
     names = short_roles(list(cells))
-    return _grid({names[role]: row for role, row in cells.items()}, "by block and role")
+    return heat({names[role]: row for role, row in cells.items()}, SQNR, "by block and role")
+
+
+def output_grid(layers: Sequence[LayerRecord]) -> str:
+    """Draw the relative error of the layers' outputs, where a method knew it, as a grid of blocks x roles."""
+    cells = grid(layers, lambda layer: layer.output_error, max)
+    names = short_roles(list(cells))
+    return heat({names[role]: row for role, row in cells.items()}, OUTPUT_ERROR, "by block and role")
 
 
 def runs_grid(runs: Mapping[str, RunRecord]) -> str:
@@ -38,74 +44,8 @@ def runs_grid(runs: Mapping[str, RunRecord]) -> str:
     for name, record in runs.items():
         rows = grid(record.layers).values()
         blocks = sorted({block for row in rows for block in row})
-        worst[_shorten(name, 24)] = {b: min(row[b] for row in rows if b in row) for b in blocks}
-    return _grid(worst, "of the worst layer of each block by run")
-
-
-def _grid(cells: Mapping[str, Mapping[int, float]], what: str) -> str:
-    """Draw one row of blocks for each entry; the darker (in the dark theme: lighter) the worse."""
-    values = [value for row in cells.values() for value in row.values() if math.isfinite(value)]
-    if not values:
-        return ""
-    low, high = math.floor(min(values)), math.ceil(max(values))
-    high = high if high > low else low + 1
-    blocks = sorted({block for row in cells.values() for block in row})
-    left = 16 + CHARACTER * max(map(len, cells))
-    cell = min(72.0, (PAGE - left - 8) / len(blocks))
-    with canvas(left + cell * len(blocks) + 8, 28 + CELL * len(cells) + 46) as (figure, axes):
-        place(axes, left, 8, 4, 70)
-        for y, row in enumerate(cells.values()):
-            for x, block in enumerate(blocks):
-                if block in row:
-                    _cell(axes, x, y, row[block], (low, high), cell)
-        axes.set(xlim=(0, len(blocks)), ylim=(len(cells), 0))
-        every = math.ceil(24 / cell)
-        axes.set_xticks([x + 0.5 for x in range(0, len(blocks), every)], [str(b) for b in blocks[::every]])
-        axes.set_yticks([y + 0.5 - 1 / CELL for y in range(len(cells))], list(cells))
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("decoder block", loc="left")
-        _legend(figure, left, low, high)
-        return to_svg(figure, f"Signal to noise ratio {what}")
-
-
-def _level(value: float, low: float, high: float) -> int:
-    """Return the colour of an SQNR: 0 is the best seventh of the range."""
-    if not math.isfinite(value):
-        return 0 if value > 0 else len(LEVELS) - 1
-    return min(len(LEVELS) - 1, int((high - value) / (high - low) * len(LEVELS)))
-
-
-def _cell(axes: Any, x: int, y: int, value: float, span: tuple[float, float], width: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    level = _level(value, *span)
-    gap_x, gap_y = 2 / width, 2 / CELL
-    axes.add_patch(Rectangle((x, y), 1 - gap_x, 1 - gap_y, facecolor=LEVELS[level], linewidth=0))
-    if width >= 34:
-        text = f"{value:.1f}" if math.isfinite(value) else words.decibels(value)[:5]
-        axes.text(
-            x + 0.5 - gap_x / 2,
-            y + 0.5 - gap_y / 2,
-            text,
-            ha="center",
-            va="center_baseline",
-            fontsize=11,
-            color=LEVEL_INKS[level],
-        )
-
-
-def _legend(figure: Any, left: float, low: float, high: float) -> None:
-    """Draw the seven colours with the range they cover at the foot of the grid."""
-    from matplotlib.patches import Rectangle
-
-    width, height = figure.get_size_inches() * 72
-    y, start = 8, left + 48
-    for index, color in enumerate(LEVELS):
-        box = Rectangle((start + 22 * index, y), 20, 10, facecolor=color, linewidth=0, transform=None)
-        figure.add_artist(box)
-    end = start + 22 * len(LEVELS) + 6
-    for x, text, side in ((left, f"{high} dB", "left"), (end, f"{low} dB, lower is worse", "left")):
-        figure.text(x / width, y / height, text, ha=side, va="bottom", fontsize=11, color=MUTED)
+        worst[shorten(name, 24)] = {b: min(row[b] for row in rows if b in row) for b in blocks}
+    return heat(worst, SQNR, "of the worst layer of each block by run")
 
 
 def histogram(data: Histogram, what: str) -> str:
@@ -143,7 +83,7 @@ def bars(
         return ""
     finite = [value if math.isfinite(value) else 0.0 for value in values]
     whiskers = list(errors) or [0.0] * len(finite)
-    names = [_shorten(row.name, 24) for row in table]
+    names = [shorten(row.name, 24) for row in table]
     left = 12 + 6.6 * max(map(len, names))
     right = 10 + 6.6 * max(map(len, texts))
     top = limit or max((a + b for a, b in zip(finite, whiskers, strict=True)), default=0) or 1.0
@@ -211,7 +151,7 @@ def quality_against_size(table: Sequence[Row], metric: str, kind: Score) -> str:
             points, _apart(axes, [(r.stored / words.MEGABYTE, s.value) for r, s in points]), strict=True
         ):
             axes.annotate(
-                _shorten(row.name, 18),
+                shorten(row.name, 18),
                 (row.stored / words.MEGABYTE, score.value),
                 (9, drop),
                 textcoords="offset points",
@@ -238,7 +178,3 @@ def _apart(axes: Any, points: Sequence[tuple[float, float]]) -> list[float]:
         moves[index] = target - y
         placed.append((x, target))
     return moves
-
-
-def _shorten(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..base.errors import ModelError
 from ..evaluate.base import Score
+from ..models.experts import ExpertUse
 from ..numerics.error import Histogram, LayerRecord
 
 RECORD_FILE = "run.json"
@@ -45,6 +46,7 @@ class RunRecord:
     fingerprint: str = ""  # equal fingerprints: same model, recipe and versions, hence the same weights
     hashes: dict[str, str] = field(default_factory=dict)  # output file -> sha256
     warnings: list[str] = field(default_factory=list)
+    experts: list[ExpertUse] = field(default_factory=list)  # what calibration showed the experts of a mixture
 
     def to_json(self) -> str:
         """Serialise with sorted keys, so that equal records give equal text."""
@@ -57,6 +59,7 @@ class RunRecord:
         raw["layers"] = [LayerRecord.from_dict(layer) for layer in raw["layers"]]
         raw["before"] = [Score(**score) for score in raw["before"]]
         raw["after"] = [Score(**score) for score in raw["after"]]
+        raw["experts"] = [ExpertUse(**use) for use in raw.get("experts", [])]
         return cls(**raw)
 
     @classmethod
@@ -78,4 +81,4 @@ class RunRecord:
             ) from error
 
 
-__all__ = ["Histogram", "LayerRecord", "RunRecord", "Score"]
+__all__ = ["ExpertUse", "Histogram", "LayerRecord", "RunRecord", "Score"]

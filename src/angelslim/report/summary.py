@@ -53,7 +53,7 @@ def cells(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
 def results_table(records: Sequence[RunRecord]) -> Table:
     """Build the terminal table: the original, then each run; it fits 80 columns for two tasks."""
     headings, lines = cells(records)
-    return _grid(", ".join(dict.fromkeys(record.model for record in records)), headings, lines)
+    return plain_table(", ".join(dict.fromkeys(record.model for record in records)), headings, lines)
 
 
 def layers_table(record: RunRecord, count: int = 5) -> Table:
@@ -73,7 +73,7 @@ def layers_table(record: RunRecord, count: int = 5) -> Table:
     if mixed(record):
         headings.append("scheme")
         lines = [[*line, layer.scheme] for line, layer in zip(lines, bad, strict=True)]
-    return _grid(f"worst {len(lines)} of {len(record.layers)} layers", headings, lines)
+    return plain_table(f"worst {len(lines)} of {len(record.layers)} layers", headings, lines)
 
 
 def mixed(record: RunRecord) -> bool:
@@ -81,7 +81,7 @@ def mixed(record: RunRecord) -> bool:
     return len({layer.scheme for layer in record.layers}) > 1
 
 
-def _grid(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def plain_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """Build a table of the console, escaped, with as few rules as it takes to read it."""
     grid = console.table(
         escape(title), [_stacked(text) for text in headings], [[escape(c) for c in line] for line in lines]

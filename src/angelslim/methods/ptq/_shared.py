@@ -7,25 +7,32 @@ input scale, whatever method chooses the codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from ...models.block import Block
 from ...models.select import Layer
-from ...models.walk import Block
+from ...numerics.clip import clip_range
 from ...numerics.error import Histogram
 from ...numerics.observers import Observer
 from ...numerics.quantize import (
     TINY,
     Quantized,
     fake_quantize,
+    outer_of,
     quantize,
     quantize_with,
     scales_from_range,
     tile_range,
 )
+from ...numerics.scales import global_scale
 from ...numerics.scheme import PER_TENSOR, Quant
 
+Shared = Mapping[Quant, Tensor]  # what layers that share an input share of their scales
 PROBE_VALUES = 1 << 16  # inputs kept per layer for the before/after histogram
+GROUP = 32  # neighbours that are kept together, so that small groups of inputs can be rounded as they will be
 
 
 class InputStatistics:
@@ -41,23 +48,38 @@ class InputStatistics:
         room = PROBE_VALUES - self.values.numel()
         if room > 0:
             step = max(1, values.numel() // (PROBE_VALUES // 8))
-            self.values = torch.cat([self.values, values.flatten()[::step][:room].float().cpu()])
+            runs = values.flatten()[: values.numel() // GROUP * GROUP].view(-1, GROUP)[::step]
+            self.values = torch.cat([self.values, runs.flatten()[: room // GROUP * GROUP].float().cpu()])
 
     def scale(self, quant: Quant) -> Tensor:
-        """Return the static scale ``[1, 1]`` in float32."""
+        """Return the static scale ``[1, 1]`` in float32; of NVFP4 inputs it is the global one."""
+        if quant.scale == "e4m3":
+            return global_scale(torch.tensor([[self.observer.amax()]]), quant)
         return (torch.tensor([[self.observer.amax()]]) / quant.format.high).clamp(min=TINY)
 
     def histogram(self, quant: Quant, scale: Tensor) -> Histogram:
         """Return the sampled inputs before and after quantization."""
-        sample = self.values.reshape(1, -1)
+        sample = self.values.reshape((-1, GROUP) if quant.granularity.kind == "group" else (1, -1))
         return Histogram.of(sample, fake_quantize(sample, quant, scale))
 
 
-def round_weight(weight: Tensor, quant: Quant, shared_scale: Tensor | None = None) -> Quantized:
-    """Round one weight ``[out, in]``; below 8 bits scales take the weight's own type, as engines keep them."""
-    if shared_scale is not None:
-        return quantize_with(weight, shared_scale.clone(), None, quant)
-    return quantize(weight, quant, weight.dtype if quant.format.bits < 8 else torch.float32)
+def round_weight(
+    weight: Tensor, quant: Quant, shared: Shared | None = None, hessian: Tensor | None = None
+) -> Quantized:
+    """Round one weight ``[out, in]``; below 8 bits scales take the weight's own type, as engines keep them.
+
+    With a Hessian ``[in, in]`` each tile's range is clipped where that loses less of the output; scales that are
+    shared stay what they are.
+    """
+    together = None if shared is None else shared.get(quant)
+    if together is not None and quant.granularity == PER_TENSOR:
+        return quantize_with(weight, together.clone(), None, quant)
+    scale_dtype = weight.dtype if quant.format.bits < 8 else torch.float32
+    plain = quantize(weight, quant, scale_dtype, None if together is None else together.clone())
+    if hessian is None:
+        return plain
+    scale, zero = clip_range(weight, quant, hessian, scale_dtype, plain.global_scale)
+    return quantize_with(weight, scale, zero, quant, plain.global_scale)
 
 
 def head_of(block: Block, layer: Layer) -> str:
@@ -71,16 +93,34 @@ def by_group(block: Block) -> list[list[Layer]]:
     """Return the block's layers, those that share an input together."""
     groups: dict[object, list[Layer]] = {}
     for layer in block.layers:
-        groups.setdefault(block.groups.get(layer.module or "", layer.name), []).append(layer)
+        alone = _stacked_with(block, layer) if layer.module is None else layer.name
+        groups.setdefault(block.groups.get(layer.module or "", alone), []).append(layer)
     return list(groups.values())
 
 
-def shared_scale(block: Block, members: list[Layer]) -> Tensor | None:
-    """Return the one scale ``[1, 1]`` that covers all members; None unless scales are symmetric per-tensor ones."""
-    quant = members[0].scheme.weight
-    if len(members) < 2 or quant.granularity != PER_TENSOR or not quant.symmetric:
-        return None
-    ranges = [tile_range(block.weight(layer), quant.granularity) for layer in members]
-    low = torch.stack([low for low, _ in ranges]).amin(0)
-    high = torch.stack([high for _, high in ranges]).amax(0)
-    return scales_from_range(low, high, quant)[0]
+def _stacked_with(block: Block, layer: Layer) -> object:
+    """Return what an expert's gate and up have in common where experts are no modules: the stack and the expert."""
+    target = block.source.targets.get(layer.tensor)
+    return (target.parameter, layer.name.rpartition(".")[0]) if target else layer.name
+
+
+def shared_scale(block: Block, members: list[Layer]) -> Shared:
+    """Return what covers all members with the same numbers, for each kind of numbers that at least two have.
+
+    That is the scale ``[1, 1]`` of symmetric per-tensor weights, and the global one of NVFP4.
+    """
+    by_quant: dict[Quant, list[Layer]] = {}
+    for layer in members:
+        by_quant.setdefault(layer.scheme.weight, []).append(layer)
+    shared = {}
+    for quant, layers in by_quant.items():
+        one_level = quant.granularity == PER_TENSOR and quant.symmetric
+        if len(layers) < 2 or not (one_level or quant.scale == "e4m3"):
+            continue
+        ranges = [tile_range(block.weight(layer), PER_TENSOR) for layer in layers]
+        low = torch.stack([low for low, _ in ranges]).amin(0)
+        high = torch.stack([high for _, high in ranges]).amax(0)
+        found = scales_from_range(low, high, quant)[0] if one_level else outer_of(low, high, quant)
+        assert found is not None
+        shared[quant] = found
+    return shared

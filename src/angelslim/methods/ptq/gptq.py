@@ -23,7 +23,7 @@ from typing import Any
 from ...base.errors import ConfigError
 from ...models.select import Layer
 from ...models.structure import Group
-from ...models.walk import Block, ObservePair
+from ...models.block import Block, ObservePair
 from ...numerics import compensate
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named
@@ -81,7 +81,7 @@ class GPTQ:
             head, quant = head_of(block, layer), layer.scheme.input
             if head not in hessians:
                 hessians[head] = compensate.Hessian(layer.shape[1], block.device)
-            if head not in ranges and quant is not None and not quant.dynamic:
+            if head not in ranges and quant is not None and quant.calibrated:
                 ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
         watched: dict[str, ObservePair] = {
             head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()
@@ -111,7 +111,7 @@ class GPTQ:
             if factor is not None and squares is not None:
                 quantized = compensate.gptq(weight, factor, quantized)
                 error = compensate.output_error(weight, quantized, squares)
-            if head in ranges and layer.scheme.input is not None:
+            if head in ranges and layer.scheme.input is not None and layer.scheme.input.calibrated:
                 scale = ranges[head].scale(layer.scheme.input)
                 histogram = ranges[head].histogram(layer.scheme.input, scale)
             block.emit(layer, weight, quantized, scale, histogram, output_error=error, note=note)

@@ -4,6 +4,9 @@ Each weight goes to the closest code of its tile's grid, with scales from the ti
 activation scales need nothing more. Static ones are one number per layer, taken from the calibration inputs by
 an observer (``absmax``, ``percentile`` or ``mse``).
 
+With `mse_range` the range of each tile is clipped where that loses less of the layer's output (`numerics.clip`). That
+needs the Hessian of each input, so calibration data, and makes rounding as slow as running the model once.
+
 Engines fuse q, k, v and gate, up into one matrix with one per-tensor scale, and would round a second time if
 the members' scales differed. So linears that share an input share their per-tensor weight scale and their
 input scale here.
@@ -14,65 +17,95 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from ...models.block import Block, Observe
 from ...models.select import Layer
 from ...models.structure import Group
-from ...models.walk import Block
+from ...numerics.compensate import Hessian, output_error
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named
 from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
 
+SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
 
 class RoundToNearest:
-    """Options: `observer`, `percentile` (static activations only)."""
+    """Options: `observer`, `percentile` (static activations only); `mse_range`, whether ranges are clipped (no)."""
 
-    reads = frozenset({"observer", "percentile"})
+    reads = frozenset({"observer", "percentile", "mse_range"})
     follows_original = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        self.clips = bool(options.get("mse_range", False))
         self.observer = str(options.get("observer", "absmax"))
         self.percent = float(options.get("percentile", 99.99))
         make_observer(self.observer, format_named("fp8_e4m3"), self.percent)  # an unknown name fails now
 
     def needs_data(self, scheme: Scheme) -> bool:
-        """Only static activation scales need data."""
-        return scheme.needs_data
+        """Static activation scales and clipping need data."""
+        return scheme.needs_data or self.clips
 
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
-        """Nothing beside the block."""
-        return 0
+        """Nothing beside the block; with clipping a Hessian for each input and what one layer's search holds."""
+        if not self.clips:
+            return 0
+        paths = {layer.module: layer.shape[1] for layer in layers if layer.module is not None}
+        held = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
+        return sum(held.values()) + SEARCHING * 4 * max((x.shape[0] * x.shape[1] for x in layers), default=0)
 
     def process(self, block: Block) -> None:
-        """Round every layer; observe inputs first where the scheme is static."""
-        inputs = self._observe(block) if block.samples else {}
+        """Round every layer; observe inputs first where the scheme is static or ranges are clipped."""
+        ranges, hessians = self._observe(block) if block.samples else ({}, {})
         for members in by_group(block):
-            self._round_group(block, members, inputs)
+            self._round_group(block, members, ranges, hessians)
 
-    def _observe(self, block: Block) -> dict[str, InputStatistics]:
+    def _observe(self, block: Block) -> tuple[dict[str, InputStatistics], dict[str, Hessian]]:
         """Run the samples through the unquantized block, watching each group's input once."""
-        watched: dict[str, InputStatistics] = {}
-        heads: dict[str, InputStatistics] = {}
+        ranges: dict[str, InputStatistics] = {}
+        hessians: dict[str, Hessian] = {}
         for layer in block.layers:
-            assert layer.module is not None and layer.scheme.input is not None
-            head = head_of(block, layer)
-            if head not in heads:
-                heads[head] = InputStatistics(
-                    make_observer(self.observer, layer.scheme.input.format, self.percent)
-                )
-            watched[layer.module] = heads[head]
-        block.advance({path: statistics.update for path, statistics in heads.items()})
-        return watched
+            if layer.module is None:
+                continue
+            head, quant = head_of(block, layer), layer.scheme.input
+            if quant is not None and quant.calibrated and head not in ranges:
+                ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
+            if self.clips and head not in hessians:
+                hessians[head] = Hessian(layer.shape[1], block.device)
+        block.advance({head: _watching(head, ranges, hessians) for head in {**ranges, **hessians}})
+        return ranges, hessians
 
-    def _round_group(self, block: Block, members: list[Layer], inputs: dict[str, InputStatistics]) -> None:
+    def _round_group(
+        self,
+        block: Block,
+        members: list[Layer],
+        ranges: Mapping[str, InputStatistics],
+        hessians: dict[str, Hessian],
+    ) -> None:
         shared = shared_scale(block, members)
+        head = "" if members[0].module is None else head_of(block, members[0])
+        seen = hessians.pop(head, None)  # gone when its group is done: they are large
+        squares = None if seen is None else seen.matrix
+        statistics = ranges.get(head)
         for layer in members:
             weight = block.weight(layer)
-            quantized = round_weight(weight, layer.scheme.weight, shared)
-            statistics = inputs.get(layer.module or "")
-            if statistics is None or layer.scheme.input is None:
-                block.emit(layer, weight, quantized)
+            quantized = round_weight(weight, layer.scheme.weight, shared, squares)
+            error = None if squares is None else output_error(weight, quantized, squares)
+            if statistics is None or layer.scheme.input is None or not layer.scheme.input.calibrated:
+                block.emit(layer, weight, quantized, output_error=error)
                 continue
             scale = statistics.scale(layer.scheme.input)
-            block.emit(layer, weight, quantized, scale, statistics.histogram(layer.scheme.input, scale))
+            histogram = statistics.histogram(layer.scheme.input, scale)
+            block.emit(layer, weight, quantized, scale, histogram, output_error=error)
+
+
+def _watching(head: str, ranges: Mapping[str, InputStatistics], hessians: Mapping[str, Hessian]) -> Observe:
+    watchers = [each[head].update for each in (ranges, hessians) if head in each]
+
+    def watch(inputs: Tensor) -> None:
+        for update in watchers:
+            update(inputs)
+
+    return watch
 
 
 METHOD = RoundToNearest

@@ -1,0 +1,43 @@
+"""Ours: an ordinary run, by recipe; its call includes reading the model and writing the result."""
+
+from __future__ import annotations
+
+from runner import Task, main
+
+RECIPES = {
+    "rtn_w4": "int4_rtn",
+    "gptq_w4": "int4_gptq",
+    "gptaq_w4": "int4_gptaq",
+    "awq_w4": "int4_awq",
+    "autoround_w4": "int4_autoround",
+    "best_w4": "int4_best",
+    "smooth_gptq_w8a8": "int8_smooth_gptq",
+    "fp8_static": "fp8_static",
+    "fp8_lepto": "fp8_lepto",
+    "fp8_dynamic": "fp8_dynamic",
+    "int8_dynamic": "int8_dynamic",
+    "int8_smooth": "int8_smooth",
+}
+
+
+def compress(task: Task, recipe: str) -> None:
+    """Compress with one of our recipes, the samples in their own order."""
+    import angelslim
+
+    with task.clock():
+        angelslim.compress(
+            task.model,
+            recipe,
+            out=task.out,
+            dataset__data_path=task.ids,
+            dataset__num_samples=1_000_000,  # all there are
+            dataset__max_seq_length=1_000_000,
+            evaluation__enabled=False,
+        )
+
+
+if __name__ == "__main__":
+    main(
+        {name: lambda task, recipe=recipe: compress(task, recipe) for name, recipe in RECIPES.items()},
+        ("angelslim", "torch", "transformers"),
+    )

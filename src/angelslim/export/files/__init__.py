@@ -1,0 +1,1 @@
+"""Formats that keep a whole model in one file."""

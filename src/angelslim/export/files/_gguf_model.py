@@ -1,0 +1,97 @@
+"""What llama.cpp has to know of a model beside its weights: its shape, its rotary table, its names for tensors.
+
+An *architecture* is a graph that llama.cpp has by name; these are the ones whose tensors map one to one. Its Llama
+graph rotates neighbouring channels where transformers rotates the two halves of a head, so rows of q and k change
+places; each row keeps its codes and scales.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...base.errors import ModelError
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+TURNED = ("self_attn.q_proj", "self_attn.k_proj")
+
+
+def architecture(config: Any) -> str:
+    """Return llama.cpp's name of the model's graph; what the graph does not compute is a `ModelError`."""
+    name, problem = ARCHITECTURES.get(config.model_type, ""), ""
+    if not name:
+        problem = f"no mapping for model_type {config.model_type!r} (known: {', '.join(ARCHITECTURES)})"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window
+    ):
+        problem = "no sliding windows in this graph"
+    elif rope_of(config)["rope_type"] not in ("default", "linear", "yarn", "llama3"):
+        problem = f"no rotary table of type {rope_of(config)['rope_type']!r}"
+    elif config.hidden_act != "silu":
+        problem = f"no activation {config.hidden_act!r}"
+    if problem:
+        raise ModelError(f"GGUF: {problem}.", fix="Serve the folder with vLLM or SGLang.")
+    return name
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """Return the rotary settings with their type and base filled in."""
+    return {"rope_type": "default", "rope_theta": 10000.0, **(config.rope_parameters or {})}
+
+
+def head_size(config: Any) -> int:
+    """Return the channels of one head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def add_shape(writer: Any, config: Any) -> None:
+    """Write the sizes and constants of the network."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(head_size(config))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+        if "original_max_position_embeddings" in rope:
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """Return what Llama 3.1 divides each frequency by, F32 ``[head / 2]``; None for other rotary tables.
+
+    Waves shorter than `original / high` turn as before, longer than `original / low` are stretched by the factor,
+    between the two the reciprocal moves linearly.
+    """
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    size = head_size(config)
+    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - share) / rope["factor"] + share)
+    return factors.float()
+
+
+def turned_rows(name: str, rows: int, config: Any, graph: str) -> Tensor | None:
+    """Return the order in which the graph wants a layer's rows, or None to leave them."""
+    if graph != "llama" or not name.endswith(TURNED):
+        return None
+    size = head_size(config)
+    return torch.arange(rows).reshape(-1, 2, size // 2).transpose(1, 2).reshape(-1)

@@ -1,0 +1,127 @@
+"""AWQ as a transform: the channels that matter most get finer steps, whatever rounding follows.
+
+For each group of linears whose inputs can be rescaled (`models.fold`), `numerics.awq` ranks scales by what the rounded
+linears lose of their outputs. The best ones are then tried in the block itself, on a few samples: what the whole
+block loses decides, since a query and a value, or a wide and a narrow layer, do not weigh the same in it. No scale at
+all takes part in both rounds and wins ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models import fold
+from ...models.block import Block
+from ...models.select import Layer
+from ...models.structure import Group
+from ...numerics.awq import Candidate, Reader, column_share, search
+from ...numerics.compensate import Hessian
+from ...numerics.scheme import Scheme
+from ._shared import Place, Places, scale_dtype
+
+TRIED = 3  # of the best scales, in the block
+SAMPLES = 4  # that the block is tried on
+
+
+class Inputs:
+    """A group's Hessian ``[in, in]`` and the mean magnitude of its input channels ``[in]``."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.hessian = Hessian(width, device)
+        self._magnitudes = torch.zeros(width, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in one sample's inputs ``[tokens, in]``."""
+        self.hessian.update(inputs)
+        self._magnitudes += inputs.float().abs().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean magnitude of each channel."""
+        return self._magnitudes / max(self.hessian.tokens, 1)
+
+
+class AWQ:
+    """Option: `duo`, whether scales that also look at the weights are tried (yes)."""
+
+    reads = frozenset({"duo"})
+    follows_original = False
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.duo = bool(options.get("duo", True))
+        self.tried = int(options.get("tried", TRIED))
+        self.places = Places("rescaling")
+
+    def needs_data(self, scheme: Scheme) -> bool:
+        """Magnitudes and Hessians come from calibration."""
+        return True
+
+    def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
+        """A Hessian for each input of the block, and four copies of the largest weight in float32."""
+        paths = {layer.module: layer.shape[1] for layer in layers if layer.module is not None}
+        held = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
+        return sum(held.values()) + 16 * max((x.shape[0] * x.shape[1] for x in layers), default=0)
+
+    def process(self, block: Block) -> None:
+        """Rescale every group of the block that gains from it."""
+        found = self.places.of(block)
+        if not found:
+            return
+        seen = {place.head: Inputs(place.fold.width, block.device) for place in found}
+        block.collect({head: inputs.update for head, inputs in seen.items()})
+        samples = range(0, block.samples, -(-block.samples // SAMPLES))
+        exact = _outputs(block, samples)
+        for place in found:
+            self._rescale(block, place, seen.pop(place.head), samples, exact)
+
+    def _rescale(
+        self, block: Block, place: Place, seen: Inputs, samples: Sequence[int], exact: Sequence[Tensor]
+    ) -> None:
+        readers = {}
+        for layer in place.layers:
+            weight = block.weight(layer)
+            readers[f"{layer.module}.weight"] = Reader(weight, layer.scheme.weight, scale_dtype(layer, weight))
+        mean = place.fold.shared(seen.mean, "mean")
+        share = place.fold.shared(column_share([*readers.values()]), "mean")
+        ranked = search([*readers.values()], mean, share, seen.hessian.matrix, duo=self.duo)
+        best = self._best(block, readers, ranked, samples, exact)
+        if best.duo or best.ratio:
+            done = fold.apply(block, place.fold, best.scale)
+            if isinstance(done, str):
+                self.places.say(place.fold.group, done)
+
+    def _best(
+        self,
+        block: Block,
+        readers: Mapping[str, Reader],
+        ranked: Sequence[Candidate],
+        samples: Sequence[int],
+        exact: Sequence[Tensor],
+    ) -> Candidate:
+        """Return the scale with which the block as a whole loses least."""
+        plain = next(each for each in ranked if not each.duo and not each.ratio)
+        best, least = plain, float("inf")
+        better = ranked[: ranked.index(plain)][: self.tried]
+        if not better:
+            return plain
+        for each in (plain, *better):
+            with fold.with_values(block, {path: r.rounded(each.scale) for path, r in readers.items()}):
+                lost = sum(
+                    (now.float() - then.float()).square().sum().item()
+                    for now, then in zip(_outputs(block, samples), exact, strict=True)
+                )
+            if lost < least:
+                best, least = each, lost
+        return best
+
+
+def _outputs(block: Block, samples: Sequence[int]) -> list[Tensor]:
+    with torch.no_grad():
+        return [block.forward([sample]) for sample in samples]
+
+
+METHOD = AWQ

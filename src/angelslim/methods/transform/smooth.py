@@ -1,0 +1,106 @@
+"""SmoothQuant as a transform: the inputs of each group of linears become easier to round, the weights a little harder.
+
+The arithmetic is `numerics.smooth`, the folding `models.fold`. `alpha` is a number, 0.5 in the paper, or ``search``:
+then every group gets the exponent that loses least of its own output under its own scheme, or no scale.
+
+Linears behind a norm (q, k, v; gate and up) are smoothed as in the paper. Down and output projections follow where
+their inputs can be rescaled through the rows of up_proj and v_proj: such rows have scales of their own, so it costs
+the maker nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...base.errors import ConfigError
+from ...models import fold
+from ...models.block import Block
+from ...models.select import Layer
+from ...models.structure import Group
+from ...numerics.scheme import Scheme
+from ...numerics.smooth import Reader, search, smooth_scale
+from ._shared import Place, Places, scale_dtype
+
+SAMPLED = 1024  # tokens of a group's input that the search looks at
+SEARCH = "search"
+
+
+class Range:
+    """The largest magnitude of each input channel ``[in]``, and a sample of tokens ``[tokens, in]``."""
+
+    def __init__(self, width: int, each: int, device: torch.device) -> None:
+        self.amax = torch.zeros(width, device=device)
+        self._each = each  # tokens kept of one sample
+        self._kept: list[Tensor] = []
+
+    def update(self, inputs: Tensor) -> None:
+        """Take in one sample's inputs ``[tokens, in]``."""
+        self.amax = torch.maximum(self.amax, inputs.abs().amax(0).float())
+        if self._each:
+            self._kept.append(inputs[:: -(-len(inputs) // self._each)].clone())
+
+    @property
+    def tokens(self) -> Tensor:
+        """The sample."""
+        return torch.cat(self._kept)
+
+
+class Smooth:
+    """Option: `alpha`, a number from 0 to 1 or ``search``."""
+
+    reads = frozenset({"alpha"})
+    follows_original = False
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        given = options.get("alpha", 0.5)
+        self.alpha = None if given == SEARCH else float(given)
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}.", fix="Use a number from 0 to 1, or search.")
+        self.places = Places("smoothing")
+
+    def needs_data(self, scheme: Scheme) -> bool:
+        """Ranges of the inputs come from calibration."""
+        return True
+
+    def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
+        """A sample of each group's inputs, and what the search holds for the largest: outputs, rounded weights."""
+        widths = [layer.shape[1] for layer in layers]
+        outputs = 2 * 4 * SAMPLED * sum(layer.shape[0] for layer in layers)
+        rounded = 4 * 4 * max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
+        return 4 * SAMPLED * sum(widths) + (outputs + rounded if self.alpha is None else 0)
+
+    def process(self, block: Block) -> None:
+        """Smooth every group of the block that can be."""
+        found = self.places.of(block)
+        each = 0 if self.alpha is not None else -(-SAMPLED // max(block.samples, 1))
+        ranges = {place.head: Range(place.fold.width, each, block.device) for place in found}
+        block.collect({head: range_.update for head, range_ in ranges.items()})
+        for place in found:
+            self._smooth(block, place, ranges[place.head])
+
+    def _smooth(self, block: Block, place: Place, seen: Range) -> None:
+        weights = [block.weight(layer) for layer in place.layers]
+        amax = place.fold.shared(seen.amax, "amax")
+        largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+        largest = place.fold.shared(largest, "amax")
+        if self.alpha is not None:
+            scale = smooth_scale(amax, largest, self.alpha)
+        else:
+            readers = [
+                Reader(weight, layer.scheme, scale_dtype(layer, weight))
+                for weight, layer in zip(weights, place.layers, strict=True)
+            ]
+            best = search(seen.tokens, amax, largest, readers)
+            if best.alpha is None:
+                return
+            scale = best.scale
+        done = fold.apply(block, place.fold, scale)
+        if isinstance(done, str):
+            self.places.say(place.fold.group, done)
+
+
+METHOD = Smooth

@@ -1,0 +1,94 @@
+"""SmoothQuant: part of the activations' spread moves into the weights, where rounding costs less.
+
+A few input channels of a large model are many times wider than the others, and one scale for a token then leaves the
+others a handful of steps. Dividing channel j of the input by ``s_j = max|X_j|^a / max|W_j|^(1 - a)`` and multiplying
+column j of the weights by it changes nothing but the two ranges (Xiao et al. 2022, arXiv 2211.10438): a = 1 flattens
+the inputs, a = 0 the weights, and the paper takes 0.5. Maxima are taken over all calibration tokens and over all rows of
+all weights that read the input; both are clamped from below, so that a channel that is always zero keeps a finite scale.
+
+`search` tries a grid of exponents instead and keeps what loses least of the group's output, with inputs and weights
+rounded as the scheme will round them. No scale at all is among the candidates and wins ties. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quantize import fake_quantize, quantize, scales_from_range
+from .scheme import Quant, Scheme
+
+SMALLEST = 1e-5  # of the maxima
+ALPHAS = tuple(step / 20 for step in range(21))
+
+
+def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Return s ``[in]`` for the largest magnitudes of the input channels and of the weights' columns, both ``[in]``.
+
+    >>> smooth_scale(torch.tensor([16.0, 1.0]), torch.tensor([1.0, 1.0]), 0.5)
+    tensor([4., 1.])
+    """
+    return inputs.float().clamp(min=SMALLEST) ** alpha / weights.float().clamp(min=SMALLEST) ** (1 - alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A weight ``[out, in]`` that reads the input, and how both will be rounded."""
+
+    weight: Tensor
+    scheme: Scheme
+    scale_dtype: torch.dtype  # the type in which the weight's scales are stored
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A scale ``[in]``, the exponent it comes from (None: no scale), and the share of the output that is lost."""
+
+    scale: Tensor
+    alpha: float | None
+    loss: float
+
+
+def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Reader]) -> Choice:
+    """Return the scale that loses least of what the readers make of the sampled inputs ``[tokens, in]``.
+
+    `amax` and `weights` are the statistics ``[in]`` of `smooth_scale`; channels that must have one scale already have
+    one value.
+    """
+    exact = [inputs.float() @ reader.weight.float().T for reader in readers]
+    best = Choice(torch.ones_like(amax), None, _lost(inputs, amax, torch.ones_like(amax), readers, exact))
+    for alpha in ALPHAS:
+        scale = smooth_scale(amax, weights, alpha)
+        loss = _lost(inputs, amax, scale, readers, exact)
+        if loss < best.loss:
+            best = Choice(scale, alpha, loss)
+    return best
+
+
+def _lost(
+    inputs: Tensor, amax: Tensor, scale: Tensor, readers: Sequence[Reader], exact: Sequence[Tensor]
+) -> float:
+    """Return the sum over readers of the squared output error as a share of the squared output."""
+    scaled = inputs.float() / scale
+    seen: dict[Quant | None, Tensor] = {None: scaled}  # readers of one group mostly share their input's rounding
+    total = 0.0
+    for reader, output in zip(readers, exact, strict=True):
+        quant = reader.scheme.input
+        if quant not in seen:
+            assert quant is not None
+            seen[quant] = rounded_input(scaled, quant, (amax / scale).max())
+        weight = quantize(reader.weight.float() * scale, reader.scheme.weight, reader.scale_dtype).dequantize()
+        error = seen[quant] @ weight.T - output
+        total += (error.square().sum() / output.square().sum().clamp(min=1e-30)).item()
+    return total
+
+
+def rounded_input(inputs: Tensor, quant: Quant, amax: Tensor) -> Tensor:
+    """Round inputs ``[tokens, in]`` as an engine does; a static scale covers `amax`, the largest of all tokens."""
+    if quant.dynamic:
+        return fake_quantize(inputs, quant)
+    high = amax.reshape(1, 1).float()
+    return fake_quantize(inputs, quant, scales_from_range(-high, high, quant)[0])

@@ -1,0 +1,267 @@
+"""Layer 6: carry out a job's units, block after block, each a checkpoint of the run. Knows no method's name.
+
+A unit is a decoder block or a piece of what lies outside. Its block goes through the job's transforms and its method;
+so does, where experts are streamed, one expert after another. What they hand in becomes checkpoint tensors at once,
+in host memory, so that the device never holds the results of more than one block or expert.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .base.console import bar
+from .base.errors import DataError, ModelError, UserError
+from .base.memory import trim
+from .data.text import calibration_batches
+from .job import Job, Unit
+from .models.activations import ActivationStore
+from .models.block import Block
+from .models.checkpoint import UnitWriter, write_atomically
+from .models.experts import ExpertRunner, ExpertUse
+from .models.select import Layer, groups_by_linear
+from .models.structure import Group
+from .models.walk import BlockStream
+from .numerics.error import LayerRecord
+
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folders of an unfinished run."""
+
+    root: Path  # OUT.partial
+
+    @property
+    def units(self) -> Path:
+        """Finished units, one safetensors file each."""
+        return self.root / "units"
+
+    @property
+    def records(self) -> Path:
+        """What was done to the layers of each finished unit, as JSON."""
+        return self.root / "records"
+
+    @property
+    def activations(self) -> Path:
+        """Hidden states between blocks."""
+        return self.root / "activations"
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the output."""
+        return self.root / "result"
+
+    def open(self, fingerprint: str) -> bool:
+        """Create the folders, or continue an unfinished run; return whether one was continued."""
+        marker = self.root / "job.json"
+        resumed = marker.exists()
+        if resumed and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{self.root} holds an unfinished run of another recipe or model.",
+                fix="Finish it with its own command, or delete that folder.",
+            )
+        for folder in (self.units, self.records, self.activations, self.result):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
+        return resumed
+
+
+@dataclass
+class Done:
+    """What was done to the layers of a unit, or of all units."""
+
+    layers: list[LayerRecord] = field(default_factory=list)
+    experts: list[ExpertUse] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # not written yet
+
+    @classmethod
+    def read(cls, file: Path) -> Done:
+        """Read the records that `write` left."""
+        raw = json.loads(file.read_text("utf-8"))
+        layers = [LayerRecord.from_dict(each) for each in raw["layers"]]
+        return cls(layers, [ExpertUse(**each) for each in raw["experts"]])
+
+    def write(self, file: Path) -> None:
+        """Write the records, not the tensors."""
+        raw = {"layers": [asdict(each) for each in self.layers], "experts": [asdict(x) for x in self.experts]}
+        write_atomically(file, json.dumps(raw).encode())
+
+
+def compress_units(job: Job, workplace: Workplace) -> Done:
+    """Quantize and write every unit that is not on disk yet; return the records of all."""
+    writer = UnitWriter(workplace.units)
+    groups = groups_by_linear(job.source)
+    blocks = [unit for unit in job.units if unit.block is not None]
+    outside = [unit for unit in job.units if unit.block is None]
+    stream = _open_stream(job, workplace, writer, blocks) if job.calibrates else None
+    with bar("quantizing", len(job.units)) as progress:
+        for unit in [*blocks, *outside]:
+            records = workplace.records / f"{unit.name}.json"
+            if not (writer.has(unit.name) and records.exists()):
+                done = _unit(job, unit, groups, stream if unit.block is not None else None)
+                writer.write(unit.name, done.tensors)
+                done.write(records)
+                if stream is not None and unit.block is not None:
+                    stream.store.commit(unit.block + 1)
+                    write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
+                    stream.store.forget(unit.block)
+                del done
+            trim()
+            progress.advance()
+    loaded = [Done.read(workplace.records / f"{unit.name}.json") for unit in job.units]
+    return Done([x for done in loaded for x in done.layers], [x for done in loaded for x in done.experts])
+
+
+def _unit(job: Job, unit: Unit, groups: Mapping[str, Group], stream: BlockStream | None) -> Done:
+    """Quantize one unit; return the tensors to write and the records."""
+    inside = set(unit.tensors)
+    layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
+    done = Done()
+    if stream is None or unit.block is None:
+        block = Block(job.source, unit.block, layers, groups, job.device)
+        job.method.process(block)
+        _settle(job, block, _parameters(job), done)
+    else:
+        _stream_block(job, unit.block, layers, groups, stream, done)
+    written = {record.name for record in done.layers}
+    missing = [layer.name for layer in layers if layer.name not in written]
+    assert not missing, f"{job.stage.method} left out {missing[:3]}"
+    quantized = {layer.tensor for layer in layers}
+    for name in unit.tensors:
+        if name not in quantized and name not in done.tensors:
+            done.tensors[name] = job.source.checkpoint.read(name)
+    return done
+
+
+def _stream_block(
+    job: Job,
+    index: int,
+    layers: tuple[Layer, ...],
+    groups: Mapping[str, Group],
+    stream: BlockStream,
+    done: Done,
+) -> None:
+    """Run one decoder block with its samples, then each of its streamed experts, then pass the outputs on."""
+    with stream.resident(index) as runner:
+        owned = {
+            name: (tensors, tensors.module(name))
+            for experts in stream.experts.values()
+            for tensors in experts.tensors
+            for name in (*tensors.first, tensors.last)
+        }
+        own = tuple(layer for layer in layers if layer.tensor not in owned)
+        block = Block(job.source, index, own, groups, job.device, runner)
+        _steps(job, block)
+        _settle(job, block, _parameters(job), done)
+        with bar(
+            f"experts of block {index}", sum(len(x.tensors) for x in stream.experts.values())
+        ) as progress:
+            for experts in stream.experts.values():
+                for tensors in experts.tensors:
+                    names = {tensors.module(name): name for name in (*tensors.first, tensors.last)}
+                    chosen = [layer for layer in layers if layer.tensor in names.values()]
+                    placed = tuple(replace(layer, module=tensors.module(layer.tensor)) for layer in chosen)
+                    part = ExpertRunner(experts, tensors.index)
+                    expert = Block(job.source, index, placed, part.groups, job.device, part)
+                    if experts.scale is not None:
+                        for name in map(tensors.module, tensors.first):
+                            expert.changed[f"{name}.weight"] = expert.parameter(f"{name}.weight")
+                    _steps(job, expert)
+                    _settle(job, expert, {f"{path}.weight": name for path, name in names.items()}, done)
+                    done.experts.append(part.use)
+                    progress.advance()
+        stream.finish(index)
+
+
+def _steps(job: Job, block: Block) -> None:
+    """Take a block through the transforms and the method."""
+    for transform in job.transforms:
+        transform.process(block)
+    job.method.process(block)
+    if not block.advanced:
+        block.advance()
+
+
+def _parameters(job: Job) -> dict[str, str]:
+    """Return parameter -> checkpoint tensor, for parameters that are stored as they are."""
+    return {
+        target.parameter: tensor for tensor, target in job.source.targets.items() if target.pattern is None
+    }
+
+
+def _settle(job: Job, block: Block, stored: Mapping[str, str], done: Done) -> None:
+    """Turn what a block handed in into checkpoint tensors in host memory."""
+    for result in block.results:
+        tensors = job.exporter.tensors(
+            result.layer.name, result.weight, result.layer.scheme, result.input_scale
+        )
+        done.tensors |= {name: tensor.cpu() for name, tensor in tensors.items()}
+        done.layers.append(result.record)
+    quantized = {result.layer.tensor for result in block.results}
+    for parameter, value in block.changed.items():
+        tensor = stored.get(parameter)
+        if tensor is None:
+            raise ModelError(
+                f"{parameter!r} was changed, and the checkpoint stores it in another form.",
+                fix="Leave out the transform for this model.",
+            )
+        if tensor not in quantized:
+            done.tensors[tensor] = value.to("cpu", job.source.checkpoint.tensors[tensor].dtype)
+    done.tensors |= {name: tensor.cpu() for name, tensor in block.extras.items()}
+    block.results.clear()
+
+
+def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
+    data = job.config.dataset
+    samples = calibration_batches(
+        tokenizer_of(job.source.folder),
+        data.data_path,
+        samples=data.num_samples,
+        max_length=data.max_seq_length,
+        seed=job.config.global_.seed,
+    )
+    vocabulary = job.source.config.get_text_config().vocab_size
+    if max(int(ids.max()) for ids in samples) >= vocabulary:
+        raise DataError(
+            "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
+        )
+    store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
+    follow = job.follows_original
+    stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
+    marker = workplace.root / "next_block"
+    first = int(marker.read_text()) if marker.exists() else 0
+    if not store.complete(first, stream.entries):
+        first = 0
+    for unit in blocks:
+        assert unit.block is not None
+        if unit.block >= first:  # what lies beyond the last committed generation is done again
+            writer.path(unit.name).unlink(missing_ok=True)
+    stream.prepare(first)
+    return stream
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a model folder holds the files of a tokenizer."""
+    return any(file for pattern in TOKENIZERS for file in folder.glob(pattern))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Load the tokenizer of a model folder; a missing one is a `ModelError`."""
+    from transformers import AutoTokenizer
+
+    fix = "Copy tokenizer.json and tokenizer_config.json of the model into the folder."
+    if not has_tokenizer(folder):  # transformers would make an empty one up for some families
+        raise ModelError(f"{folder} has no usable tokenizer (no file of one).", fix=fix)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{folder} has no usable tokenizer ({reason}).", fix=fix) from error

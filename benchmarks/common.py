@@ -34,9 +34,9 @@ def bar(name: str, value: float, goal: float, *, at_most: bool) -> dict[str, Any
     return {"name": name, "value": value, "goal": goal, "holds": value <= goal if at_most else value >= goal}
 
 
-def write(name: str, raw: Any, bars: list[dict[str, Any]]) -> Path:
-    """Write ``results/NAME.json`` and print the bars."""
-    path = RESULTS / f"{name}.json"
+def write(name: str, raw: Any, bars: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write ``results/NAME.json``, or NAME.json in another folder for a run that is only a part, and print the bars."""
+    path = folder / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), "bars": bars, "raw": raw}, indent=1) + "\n")
     for item in bars:

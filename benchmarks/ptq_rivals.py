@@ -1,139 +1,156 @@
-"""What four bits cost: rounding, GPTQ and GPTAQ on the built-in model, by KL divergence from the original.
+"""Post-training quantization against the tools that people use for it: quality, time and memory, side by side.
 
-Every checkpoint is written by an ordinary run and opened again, so what is measured is what engines load. Text is
-Python's own, the evaluation split; calibration draws from the calibration split. KL is the mean over tokens of
-``KL(original || compressed)`` in nats. Rounding needs no data; the others run once for each calibration seed, and
-the bars compare means over seeds. Each bar's goal is on the ratio of two means measured in this run.
+Every tool compresses the same model with the same token ids, in a process and an environment of its own
+(`rivals/run_TOOL.py`), and one judge opens what it wrote (`rivals/quality.py`): KL to the original on held-out text,
+top-1, perplexity, accuracy. Within a seed the tools of a recipe run one after another, in an order that turns from seed
+to seed; bars compare means over seeds (quality) or medians of the ratios within seeds (time, memory). Our times include
+reading the model and writing the result, those of the other tools' calls do not.
 
-    python benchmarks/ptq_rivals.py [--seeds 3] [--samples 64]
+    python benchmarks/ptq_rivals.py --setup .rivals                      # the environments, once (also: make rivals)
+    python -m angelslim lab train bench-lm --out bench-lm                # the model, once (minutes on a GPU)
+    python benchmarks/ptq_rivals.py --rivals .rivals --bench-lm bench-lm [--work DIR] [--only bench-lm/llmcompressor:gptq]
+
+Finished rows stay in the work folder: the same command goes on where it stopped. `--only` takes parts of
+MODEL/TOOL:RECIPE, separated by commas, and leaves the rest out; bars without all their figures are left out too, and what
+is only a part is written into the work folder instead of `results/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-import angelslim
-from angelslim.config.recipe import load as load_recipe
-from angelslim.data import builtin
-from angelslim.job import prepare
-from angelslim.models.loading import resolve
-from angelslim.pipeline import run, tokenizer_of
-from common import bar, write
+from angelslim.lab.outliers import plant_outliers
+from angelslim.models.builtin import builtin_model
+from common import RESULTS, write
+from rivals import environments
+from rivals.bars import all_bars, summary
+from rivals.measure import Bench, Entry, Settings, Subject
 
-MODEL, WINDOW, WINDOWS, CALIBRATION_TOKENS = "tiny-lm", 512, 64, 512
-METHODS = {"RTN": "int4_rtn", "GPTQ": "int4_gptq", "GPTAQ": "int4_gptaq"}
-GROUPS = (128, 32)
+LC, GM, PUBLISHED, OURS = "llmcompressor", "gptqmodel", "published", "angelslim"
 
-
-def held_out(windows: int) -> Tensor:
-    """Return token ids ``[windows, WINDOW]`` of text that no calibration sample contains."""
-    tokenizer = tokenizer_of(resolve(MODEL))
-    text = "\n".join(builtin.text("evaluation", windows * WINDOW * 6))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert len(ids) >= windows * WINDOW, "not enough held-out text"
-    return torch.tensor(ids[: windows * WINDOW]).view(windows, WINDOW)
-
-
-def logits(model: Any, ids: Tensor) -> Iterator[Tensor]:
-    """Yield the log-probabilities ``[WINDOW, vocabulary]`` of one window after another, in float32."""
-    with torch.inference_mode():
-        for window in ids:
-            yield model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def quality(model: Any, ids: Tensor, original: list[Tensor]) -> dict[str, float]:
-    """Return KL to the original, agreement of the most likely token, and perplexity."""
-    divergence = same = loss = 0.0
-    for window, before, after in zip(ids, original, logits(model, ids), strict=True):
-        before = before.float()
-        divergence += (before.exp() * (before - after)).sum(-1).mean().item()
-        same += (before.argmax(-1) == after.argmax(-1)).float().mean().item()
-        loss += functional.nll_loss(after[:-1], window[1:]).item()
-    count = len(ids)
-    return {"kl": divergence / count, "top1": same / count, "perplexity": math.exp(loss / count)}
+MODELS = ("bench-lm", "tiny-lm", "outliers")
+GROUPS = (  # what is compared with one another runs together
+    (Entry(LC, "rtn_w4"), Entry(OURS, "rtn_w4")),
+    (Entry(LC, "gptq_w4"), Entry(GM, "gptq_w4"), Entry(OURS, "gptq_w4")),
+    (Entry(GM, "gptaq_w4"), Entry(OURS, "gptaq_w4")),
+    (Entry(LC, "awq_w4"), Entry(OURS, "awq_w4")),
+    (Entry(LC, "autoround_w4"), Entry(OURS, "autoround_w4"), Entry(OURS, "best_w4")),
+    (Entry(LC, "smooth_gptq_w8a8"), Entry(OURS, "smooth_gptq_w8a8")),
+    (Entry(LC, "fp8_static"), Entry(PUBLISHED, "fp8_static"), Entry(OURS, "fp8_static")),
+    (
+        Entry(LC, "fp8_dynamic"),
+        Entry(LC, "fp8_dynamic_model_free"),
+        Entry(PUBLISHED, "fp8_dynamic"),
+        Entry(OURS, "fp8_dynamic"),
+    ),
+)
+OUTLIERS = (  # on the model with planted outliers: ours against ours
+    (Entry(OURS, "int8_dynamic"), Entry(OURS, "int8_smooth")),
+    (Entry(OURS, "fp8_static"), Entry(OURS, "fp8_lepto"), Entry(OURS, "fp8_lepto_extended")),
+)
 
 
-def measure(
-    method: str, group: int, seed: int, samples: int, ids: Tensor, original: list[Tensor]
-) -> dict[str, Any]:
-    """Compress once and measure."""
-    overrides = [
-        f"compression.quantization.quant_method.group_size={group}",
-        f"global.seed={seed}",
-        f"dataset.num_samples={samples}",
-        f"dataset.max_seq_length={CALIBRATION_TOKENS}",
-        "evaluation.enabled=false",
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.process_time()
-        record = run(prepare(load_recipe(METHODS[method], overrides), MODEL), Path(folder) / "out")
-        cpu = time.process_time() - start
-        found = quality(angelslim.load(Path(folder) / "out"), ids, original)
-    return {
-        "method": method,
-        "group": group,
-        "seed": seed,
-        **found,
-        "bits_per_weight": record.bits_per_weight,
-        "cpu_seconds": round(cpu, 2),
-        "peak_memory_bytes": record.peak_memory_bytes,
-        "warnings": record.warnings,
-    }
+def subjects(options: argparse.Namespace, settings: Settings) -> list[tuple[Subject, Any]]:
+    """Return each model with the groups that it is measured on."""
+    work: Path = options.work
+    found: list[tuple[Subject, Any]] = []
+    names = options.models.split(",")
+    if "tiny-lm" in names:
+        found.append((Subject("tiny-lm", builtin_model("tiny-lm"), work, settings), GROUPS))
+    if "bench-lm" in names:
+        found.append((Subject("bench-lm", options.bench_lm, work, settings), GROUPS))
+    if "outliers" in names:
+        planted = work / "outliers"
+        if not planted.exists():
+            plant_outliers(options.bench_lm, planted)
+        found.append((Subject("outliers", planted, work, settings, on_calibration=True), OUTLIERS))
+    return found
+
+
+def run(bench: Bench, subject: Subject, groups: Any, seeds: int, only: list[str]) -> list[dict[str, Any]]:
+    """Measure a model's groups, seed by seed, and return the rows."""
+    rows = []
+    for seed in range(seeds):
+        for group in groups:
+            turn = seed % len(group)
+            for entry in (*group[turn:], *group[:turn]):
+                name = f"{subject.name}/{entry}"
+                if only and not any(part in name for part in only):
+                    continue
+                row = bench.measure(subject, entry, seed)
+                rows.append(row)
+                print(f"{name:42} seed {seed}  {told(row)}", flush=True)
+    return rows
+
+
+def told(row: dict[str, Any]) -> str:
+    """Write a row as one line."""
+    if "error" in row:
+        return f"FAILED: {row['error'][-300:]}"
+    return (
+        f"KL {row['kl']:.3e}  top-1 {row['top1']:.4f}  perplexity {row['perplexity']:.3f}  "
+        f"call {row['call_seconds']:.1f} s ({row['call_cpu_seconds']:.1f} CPU)  process {row['seconds']:.1f} s "
+        f"({row['cpu_seconds']:.1f} CPU)  {row['peak_bytes'] / 2**20:.0f} MiB"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--setup", type=Path, help="make the other tools' environments in this folder, and stop"
+    )
+    parser.add_argument("--rivals", type=Path, default=Path(".rivals"), help="the folder of --setup")
+    parser.add_argument("--bench-lm", type=Path, default=Path("bench-lm"), help="the trained model's folder")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument(
+        "--work", type=Path, default=Path(".rivals/work"), help="where finished rows are kept"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="calibration seeds, and repetitions of the times"
+    )
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256, help="of a sample and of a held-out window")
+    parser.add_argument("--windows", type=int, default=48, help="held-out windows")
+    parser.add_argument("--examples", type=int, default=200, help="questions of each task")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="parts of MODEL/TOOL:RECIPE, separated by commas")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measure every method at every group size, write the results and their bars."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=64)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    ids = held_out(WINDOWS)
-    original = [values.half() for values in logits(angelslim.load(MODEL), ids)]
-    raw: list[dict[str, Any]] = []
-    bars = []
-    for group in GROUPS:
-        mean = {}
-        for method in METHODS:
-            seeds = range(1 if method == "RTN" else options.seeds)
-            rows = [measure(method, group, seed, options.samples, ids, original) for seed in seeds]
-            raw += rows
-            mean[method] = statistics.fmean(row["kl"] for row in rows)
-            for row in rows:
-                print(
-                    f"g{group:<4} {method:6} seed {row['seed']}  KL {row['kl']:.5f}  top-1 {row['top1']:.4f}  "
-                    f"perplexity {row['perplexity']:.3f}  CPU {row['cpu_seconds']:.1f} s",
-                    flush=True,
-                )
-        name = f"group {group}: KL of"
-        bars.append(bar(f"{name} GPTQ over RTN", mean["GPTQ"] / mean["RTN"], 0.75, at_most=True))
-        bars.append(bar(f"{name} GPTAQ over GPTQ", mean["GPTAQ"] / mean["GPTQ"], 1.0, at_most=True))
-    loss = [
-        functional.nll_loss(before[:-1].float(), window[1:]).item()
-        for before, window in zip(original, ids, strict=True)
-    ]
-    setting = {
-        "model": MODEL,
-        "tokens": ids.numel(),
-        "samples": options.samples,
-        "calibration_tokens": CALIBRATION_TOKENS,
+    """Make the environments, or measure what is asked for, and write the results with their bars."""
+    options = arguments()
+    if options.setup:
+        environments.make(options.setup)
+        return
+    torch.set_num_threads(options.threads)
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    settings = Settings(options.samples, options.tokens, options.windows, options.examples)
+    bench = Bench(options.work, options.rivals.resolve(), options.threads)
+    only = [part for part in options.only.split(",") if part]
+    rows: list[dict[str, Any]] = []
+    originals = {}
+    for subject, groups in subjects(options, settings):
+        originals[subject.name] = subject.judge.scores
+        rows += run(bench, subject, groups, options.seeds, only)
+    raw = {
+        "settings": {**vars(settings), "seeds": options.seeds, "threads": options.threads},
+        "originals": originals,
+        "summary": summary(rows),
+        "rows": rows,
     }
-    write(
-        "ptq_rivals",
-        {**setting, "perplexity_of_original": math.exp(statistics.fmean(loss)), "rows": raw},
-        bars,
-    )
+    whole = not only and not any("error" in row for row in rows) and {*originals} == {*MODELS}
+    write("ptq_rivals", raw, all_bars(rows), RESULTS if whole else options.work)
+    if not whole:
+        print(f"Only a part was measured; it stands in {options.work / 'ptq_rivals.json'}.")
 
 
 if __name__ == "__main__":

@@ -124,3 +124,43 @@ def save_random(family: str, folder: Path) -> Any:
     model = random_model(family)
     model.save_pretrained(folder)
     return model
+
+
+def _letters(marker: str) -> Any:
+    """A tokenizer of one token a letter whose id 90 is `marker`, with a chat template that places it."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ?.,:\n"
+    words = ["<pad>", "<s>", "</s>", "<unk>", *letters]
+    words += [f"<unused{index}>" for index in range(len(words), 90)] + [marker]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [marker]})
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% else %}" + marker + "{% endif %}{% endfor %}\n{% endfor %}"
+    )
+    return tokenizer
+
+
+def image_processor() -> Any:
+    """The processor of the "llava" family: 16 x 16 pixels, patches of 4."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    tokenizer = _letters("<image>")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return LlavaProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+
+
+def audio_processor() -> Any:
+    """The processor of the "qwen2_audio" family: 16 mel bins, 64 frames."""
+    from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+    tokenizer = _letters("<|AUDIO|>")
+    features = WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=250)
+    return Qwen2AudioProcessor(features, tokenizer, chat_template=tokenizer.chat_template)

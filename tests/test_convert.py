@@ -9,10 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from angelslim import load, pipeline
-from angelslim.base.errors import ConfigError, ModelError, SchemeError, UserError
+from angelslim.base.errors import ConfigError, ModelError, ResourceError, SchemeError, UserError
 from angelslim.convert import check, convert
-from families import save_random
-from tiny import copy_model, job_for
+from angelslim.export import w4afp8
+from angelslim.export._checkpoint import open_any
+from angelslim.export.base import FORMATS
+from angelslim.models.checkpoint import UnitWriter
+from angelslim.models.loading import model_class
+from angelslim.numerics.quantize import quantize
+from families import config_of, save_random
+from tiny import Killed, copy_model, dies_at, edit_json, job_for, save_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,196 @@ def test_what_exists_is_not_replaced(blocks, tmp_path):
 def test_a_plain_model_cannot_be_converted(tiny_folder, tmp_path):
     with pytest.raises(ModelError, match="is not quantized"):
         convert(tiny_folder, "compressed_tensors", tmp_path / "out")
+
+
+FORMAT = "compression.quantization.format"
+GROUPS = "compression.quantization.quant_method.group_size=64"
+INT8_GROUPS = {
+    "extends": "base",
+    "compression": {
+        "quantization": {
+            "scheme": {"weight": {"format": "int8", "granularity": "per-group", "group_size": 64}}
+        }
+    },
+}
+CALIBRATED = ("dataset.num_samples=2", "dataset.max_seq_length=32")
+JOURNEYS = {  # recipe, overrides -> the formats that it travels through
+    "int4": ("int4_rtn", (), ["gptq", "awq", "compressed_tensors"]),
+    "int4 groups of 64": ("int4_rtn", (GROUPS,), ["awq", "gptq", "compressed_tensors"]),
+    "int4 with zero points": ("int4_rtn_asym", (), ["awq", "compressed_tensors", "awq"]),
+    "int4 per channel": ("int4_rtn", (GROUPS.replace("64", "-1"),), ["gptq", "compressed_tensors"]),
+    "int8 groups": (INT8_GROUPS, (f"{FORMAT}=gptq",), ["compressed_tensors", "gptq"]),
+    "int4 for llama.cpp": ("gguf_q4_0", (), ["gptq", "compressed_tensors"]),
+    "fp8 static": ("fp8_static", CALIBRATED, ["fp8_tensor", "compressed_tensors"]),
+    "fp8 blocks": ("fp8_block", (f"{FORMAT}=fp8_block",), ["compressed_tensors", "fp8_block"]),
+}
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory):
+    return save_qwen3(tmp_path_factory.mktemp("float32") / "model", dtype=torch.float32)
+
+
+def numbers(folder):
+    """Codes less zero points, and scales, of every layer."""
+    checkpoint = open_any(folder).checkpoint
+    for name in checkpoint.parts:
+        layer = checkpoint.restore(name)
+        codes, scale, zero = layer.weight.codes.float(), layer.weight.scale.float(), layer.weight.zero
+        shift = torch.zeros_like(scale) if zero is None else zero.float()
+        given = None if layer.input_scale is None else layer.input_scale.flatten().tolist()
+        yield name, codes, shift, scale, given
+
+
+def assert_same_numbers(left, right):
+    for first, second in zip(numbers(left), numbers(right), strict=True):
+        assert (first[0], first[4]) == (second[0], second[4])
+        assert all(torch.equal(a, b) for a, b in zip(first[1:4], second[1:4], strict=True)), first[0]
+
+
+@pytest.mark.parametrize("journey", JOURNEYS)
+def test_numbers_survive_every_format_that_holds_them(journey, tiny_folder, tmp_path):
+    recipe, overrides, formats = JOURNEYS[journey]
+    start = here = tmp_path / "start"
+    pipeline.run(job_for(tiny_folder, recipe, *overrides), start)
+    for stop, name in enumerate(formats):
+        convert(here, name, tmp_path / f"{stop}")
+        here = tmp_path / f"{stop}"
+        assert_same_numbers(start, here)
+        assert check(here) == 14
+        settings = json.loads((here / "config.json").read_text())["quantization_config"]
+        assert FORMATS.get(name).reads(settings)
+    assert same_weights(start, here)
+
+
+@pytest.mark.parametrize(
+    "recipe, format_", [("int4_rtn", "gptq"), ("int4_rtn_asym", "awq"), (INT8_GROUPS, "gptq")], ids=str
+)
+def test_a_run_chooses_codes_for_the_scales_that_the_format_keeps(recipe, format_, float_folder, tmp_path):
+    """The model is in float32, so its scales would not be float16 numbers by themselves."""
+    pipeline.run(job_for(float_folder, recipe, f"{FORMAT}={format_}"), tmp_path / "out")
+    checkpoint = open_any(tmp_path / "out").checkpoint
+    original = open_any(float_folder).checkpoint
+    name = "model.layers.1.mlp.up_proj"
+    layer, scheme = checkpoint.restore(name), checkpoint.schemes[name]
+    assert layer.weight.scale.dtype == torch.float16 and scheme.weight.scale == "float16"
+    expected = quantize(original.read(f"{name}.weight"), scheme.weight)
+    assert torch.equal(layer.weight.codes, expected.codes) and torch.equal(layer.weight.scale, expected.scale)
+    convert(tmp_path / "out", "compressed_tensors", tmp_path / "ct")
+    assert_same_numbers(tmp_path / "out", tmp_path / "ct")
+
+
+def test_the_scales_of_a_bfloat16_model_stay_numbers_of_its_own_type(tiny_folder, tmp_path):
+    """Engines that compute in bfloat16 load float16 scales into it: nothing may be rounded then."""
+    pipeline.run(job_for(tiny_folder, INT8_GROUPS, f"{FORMAT}=gptq"), tmp_path / "out")
+    layer = open_any(tmp_path / "out").checkpoint.restore("model.layers.1.mlp.up_proj")
+    assert layer.weight.scale.dtype == torch.float16
+    assert torch.equal(layer.weight.scale.bfloat16().float(), layer.weight.scale.float())
+
+
+def test_what_a_run_cannot_write_is_refused_before_any_work(tiny_folder):
+    for recipe, format_, reason in (
+        ("int4_rtn", "awq", "must have zero points"),
+        ("int4_rtn_asym", "gptq", "must be symmetric"),
+        ("int8_dynamic", "gptq", "inputs cannot be quantized"),
+        ("int4_rtn", "w4afp8", "layers must be"),
+    ):
+        with pytest.raises(SchemeError, match=reason):
+            job_for(tiny_folder, recipe, f"{FORMAT}={format_}")
+
+
+def test_sizes_that_do_not_fill_words_are_refused_before_any_work(tmp_path):
+    model = save_qwen3(tmp_path / "model", intermediate_size=132)
+    with pytest.raises(SchemeError, match=r"mlp.*_proj': its sizes 132 x 128 are not multiples of 8"):
+        job_for(model, "int4_rtn", f"{FORMAT}=gptq", "compression.quantization.ignore_layers=[down_proj]")
+
+
+@pytest.mark.parametrize(
+    "recipe, wanted, reason",
+    [
+        ("int4_rtn_asym", "gptq", "has zero points that are not 0"),
+        ("int4_rtn", "gptq", "has scales that float16 does not hold"),
+        ("int4_rtn", "gguf", "has scales that float16 does not hold"),
+    ],
+)
+def test_numbers_that_a_format_would_change_are_refused(recipe, wanted, reason, float_folder, tmp_path):
+    pipeline.run(job_for(float_folder, recipe), tmp_path / "in")
+    with pytest.raises(SchemeError, match=f"'model.layers.0.*{reason}"):
+        convert(tmp_path / "in", wanted, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_killed_conversion_leaves_no_folder_and_the_next_one_succeeds(blocks, tmp_path, monkeypatch):
+    original = UnitWriter.write
+    monkeypatch.setattr(UnitWriter, "write", dies_at(original, 3, after=True))
+    with pytest.raises(Killed):
+        convert(blocks, "compressed_tensors", tmp_path / "ct")
+    monkeypatch.setattr(UnitWriter, "write", original)
+    assert not (tmp_path / "ct").exists()
+    convert(blocks, "compressed_tensors", tmp_path / "ct")
+    assert_same_numbers(blocks, tmp_path / "ct")
+
+
+def test_a_full_disk_is_said(blocks, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(UnitWriter, "finish", full)
+    with pytest.raises(ResourceError, match=r"No space left.*Free some disk space"):
+        convert(blocks, "compressed_tensors", tmp_path / "ct")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A tiny DeepSeek-V3 with INT4 experts and FP8 blocks, in SGLang's layout."""
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128, "q_lora_rank": 32}
+    config = config_of("deepseek_v3", **wide)
+    folder = tmp_path_factory.mktemp("mixture") / "w4afp8"
+    torch.manual_seed(0)
+    model_class(config)._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    linears = [n.removesuffix(".weight") for n in tensors if "_proj" in n and n.endswith(".weight")]
+    schemes = w4afp8.FORMAT.schemes({}, linears)
+    for name, scheme in schemes.items():
+        weight = quantize(tensors.pop(f"{name}.weight"), scheme.weight)
+        given = torch.tensor([[0.5]]) if w4afp8.is_expert(name) else None
+        tensors |= w4afp8.FORMAT.tensors(name, weight, scheme, given)
+    save_file(tensors, folder / "model.safetensors")
+    edit_json(folder / "config.json", quantization_config=w4afp8.FORMAT.config(schemes, ["lm_head"]))
+    return folder
+
+
+def test_a_mixture_travels_too(mixture, tmp_path):
+    convert(mixture, "compressed_tensors", tmp_path / "ct")
+    assert_same_numbers(mixture, tmp_path / "ct")
+    settings = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "mixed-precision"
+    assert {"lm_head", "model.layers.1.mlp.gate"} <= set(settings["ignore"])
+    convert(tmp_path / "ct", "w4afp8", tmp_path / "back")
+    assert_same_numbers(mixture, tmp_path / "back")
+    original, back = (load_file(f / "model.safetensors") for f in (mixture, tmp_path / "back"))
+    assert original.keys() == back.keys()
+    for name, tensor in original.items():
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), back[name].reshape(-1).view(torch.uint8)), (
+            name
+        )
+    assert check(mixture) == check(tmp_path / "ct")
+
+
+def test_other_formats_have_one_scheme_for_all(mixture, tmp_path):
+    with pytest.raises(SchemeError, match="cannot hold"):
+        convert(mixture, "fp8_block", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_converts_and_checks_files_too(cli, tmp_path, tiny_folder):
+    pipeline.run(job_for(tiny_folder, "gguf_q8_0"), tmp_path / "q8")
+    file = tmp_path / "q8.gguf"
+    assert "Wrote" in cli("export", tmp_path / "q8", "--format", "gguf", "--out", file).out
+    assert "14 layers decode" in cli("export", file, "--check").out
+    refused = cli("export", tmp_path / "q8", "--format", "awq", "--out", tmp_path / "awq")
+    assert refused.code == 2 and "weights must be INT4" in refused.err
 
 
 def test_check_counts_the_layers(blocks):

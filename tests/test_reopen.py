@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from angelslim.base.errors import ModelError
 from angelslim.models.checkpoint import Checkpoint
 from angelslim.numerics.quantize import fake_quantize
 from angelslim.numerics.scheme import PRESETS
-from families import save_random
+from families import FAMILIES, save_random
 from tiny import job_for, save_qwen3
 
 GROUP = "compression.quantization.quant_method.group_size"
@@ -23,6 +24,7 @@ RUNS = {
     "fp8 per tensor, dynamic": ("fp8_dynamic", "compression.quantization.quant_method.weight=per-tensor"),
     "int8_dynamic": ("int8_dynamic",),
     "int4_rtn": ("int4_rtn",),
+    "w4a8_fp8": ("w4a8_fp8",),
     "int4 groups of 32": ("int4_rtn", f"{GROUP}=32"),
     "int4 per channel": ("int4_rtn", f"{GROUP}=-1"),
 }
@@ -77,6 +79,79 @@ def test_transformers_computes_our_logits_exactly(words, compressed):
     theirs, ours = stock(compressed(*words)), load(compressed(*words))
     assert torch.equal(logits(theirs), logits(ours))
     assert_same_weights(theirs, ours)  # its first forward has unpacked them
+
+
+SMALL = {  # transformers decodes these to bfloat16, whatever the model's type
+    "nvfp4_weight_only": ("nvfp4_weight_only",),
+    "mxfp4": ("mxfp4",),
+    "mxfp4_weight_only": ("mxfp4_weight_only",),
+    "mxfp8": ("mxfp8",),
+    "nvfp4 beside mxfp8": (
+        "mxfp8",
+        "compression.quantization.overrides=[{match: mlp, scheme: nvfp4_weight_only}]",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", SMALL.values(), ids=SMALL)
+def test_transformers_computes_our_logits_with_small_floats(words, tiny_folder, tmp_path):
+    pipeline.run(job_for(tiny_folder, words[0], *words[1:]), tmp_path / "out")
+    theirs, ours = stock(tmp_path / "out"), load(tmp_path / "out")
+    assert torch.equal(logits(theirs), logits(ours))
+    assert_same_weights(theirs, ours)
+
+
+def test_transformers_rounds_nvfp4_inputs_more_coarsely(tiny_folder, tmp_path):
+    """The same weights and global scales, but it computes the local scales and quotients in bfloat16."""
+    words = ("nvfp4", "dataset.num_samples=4", "dataset.max_seq_length=32")
+    pipeline.run(job_for(tiny_folder, *words), tmp_path / "out")
+    theirs, ours = stock(tmp_path / "out"), load(tmp_path / "out")
+    found, expected = logits(theirs).float(), logits(ours).float()
+    assert_same_weights(theirs, ours)
+    assert (found - expected).norm() < 0.15 * expected.norm()
+    attention = theirs.model.layers[1].self_attn
+    assert attention.q_proj.input_global_scale == attention.v_proj.input_global_scale > 1
+    assert attention.q_proj.weight_global_scale == attention.v_proj.weight_global_scale
+    assert attention.o_proj.weight_global_scale != attention.v_proj.weight_global_scale
+
+
+def test_the_deepseek_mixture_is_int4_experts_among_fp8_blocks(tmp_path):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank"), 128)
+    sizes |= {"kv_lora_rank": 128, "v_head_dim": 32, "head_dim": 8}
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**{**FAMILIES["deepseek_v3"], **sizes})
+    DeepseekV3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    pipeline.run(job_for(tmp_path / "model", "deepseek_w4a8_fp8"), tmp_path / "out")
+    stored = Checkpoint(tmp_path / "out").tensors
+    expert = "model.layers.1.mlp.experts.3.down_proj"
+    assert stored[f"{expert}.weight_packed"].shape == (128, 16)  # half a byte a weight
+    assert stored[f"{expert}.weight_scale"].shape == (128, 1)
+    shared = "model.layers.1.mlp.shared_experts.down_proj"
+    assert stored[f"{shared}.weight"].dtype == torch.float8_e4m3fn
+    assert stored[f"{shared}.weight_scale"].shape == (1, 1)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "mixed-precision"
+    targets = {group["format"]: group["targets"] for group in settings["config_groups"].values()}
+    assert targets["float-quantized"] == ["Linear"]
+    assert sorted(targets["pack-quantized"]) == [
+        rf"re:(.*\.)?layers\.\d+\.mlp\.experts\.\d+\.{name}_proj$" for name in ("down", "gate", "up")
+    ]
+    with torch.no_grad():
+        found = load(tmp_path / "out")(input_ids=IDS).logits.float()
+        expected = load(tmp_path / "model")(input_ids=IDS).logits.float()
+    assert 0 < (found - expected).norm() < 0.3 * expected.norm()
+
+
+def test_static_inputs_of_an_override_are_calibrated(float_folder, tmp_path):
+    words = ("compression.quantization.overrides=[{match: mlp, scheme: fp8_static}]", "dataset.num_samples=4")
+    pipeline.run(job_for(float_folder, "fp8_dynamic", *words), tmp_path / "out")
+    stored = Checkpoint(tmp_path / "out").tensors
+    assert {name.rpartition(".")[0].split(".", 3)[3] for name in stored if name.endswith("input_scale")} == {
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    assert torch.equal(logits(stock(tmp_path / "out")), logits(load(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("words", ASYMMETRIC.values(), ids=ASYMMETRIC)

@@ -1,7 +1,7 @@
 """The environments of the other tools: one virtual environment each, for they pin versions that exclude each other.
 
 `requirements-TOOL.txt` beside this file says what goes in. Its first line is PyTorch, installed first and alone, so that
-nothing later picks another build of it.
+nothing later picks another build of it; a line that begins with ``--no-deps`` is installed last, without what it asks for.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-TOOLS = ("llmcompressor", "gptqmodel")
+TOOLS = ("llmcompressor", "gptqmodel", "published")
 
 
 def requirements(tool: str) -> list[str]:
@@ -34,11 +34,16 @@ def make(folder: Path) -> None:
             print(f"{tool}: ready")
             continue
         torch, *others = requirements(tool)
+        bare = [line.split() for line in others if line.startswith("--no-deps")]
+        together = [line for line in others if not line.startswith("--no-deps")]
         print(f"{tool}: installing {torch}, then {', '.join(others)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder / tool)], check=True)
         pip = [str(python), "-m", "pip", "install", "--no-input", "--quiet"]
-        done = [subprocess.run([*pip, *wanted], check=False).returncode for wanted in ([torch], others)]
-        if any(done):
+        # PyTorch is named again, so that the others keep it
+        if any(
+            subprocess.run([*pip, *wanted], check=False).returncode
+            for wanted in ([torch], [torch, *together], *bare)
+        ):
             print(f"{tool}: did not install")
         else:
             ready.write_text("\n".join(requirements(tool)) + "\n", "utf-8")

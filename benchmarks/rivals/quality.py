@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ from angelslim.evaluate.tasks import exact_match
 TASK_SEED = 30_000
 
 
-def in_float32(folder: Path) -> Path:
-    """Make a folder's config ask for float32, so that it is decoded and computed in it."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8"))
+def in_float32(folder: Path, shadow: Path) -> Path:
+    """Make `shadow`: the same folder by links, with a config that asks for float32; returns it."""
+    shutil.rmtree(shadow, ignore_errors=True)
+    shadow.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (shadow / file.name).symlink_to(file.resolve())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     config.pop("torch_dtype", None)
-    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=1), "utf-8")
-    return folder
+    (shadow / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), "utf-8")
+    return shadow
 
 
 def log_probabilities(model: Any, ids: Tensor) -> Iterator[Tensor]:
@@ -47,25 +52,40 @@ def log_probabilities(model: Any, ids: Tensor) -> Iterator[Tensor]:
 
 
 class Judge:
-    """Compares folders with one original on held-out windows and on the tasks.
+    """Compares folders with one original on windows of ids, and on `examples` questions of each task if not 0.
 
-    The original's log-probabilities are kept in a file and read window by window.
+    The original's log-probabilities are kept in a file of `work` and read window by window.
     """
 
-    def __init__(self, original: Path, tokenizer: Any, ids: Tensor, examples: int, cache: Path) -> None:
-        self.tokenizer, self.ids, self.examples = tokenizer, ids, examples
+    def __init__(
+        self, original: Path, tokenizer: Any, ids: Tensor, examples: int, work: Path, name: str
+    ) -> None:
+        self.tokenizer, self.ids, self.examples, self.shadow = tokenizer, ids, examples, work / "shadow"
+        cache = work / "originals" / f"{name}.safetensors"
         if not cache.is_file():
-            model = angelslim.load(in_float32(original))
+            model = angelslim.load(in_float32(original, self.shadow))
             found = {str(index): rows for index, rows in enumerate(log_probabilities(model, ids))}
             cache.parent.mkdir(parents=True, exist_ok=True)
             save_file(found, cache)
+            measured = {"perplexity": self._perplexity(found), **self.accuracies(model)}
+            cache.with_suffix(".json").write_text(json.dumps(measured), "utf-8")
         self.original = load_file(cache)  # mapped, not read
+        self.scores: dict[str, float] = json.loads(cache.with_suffix(".json").read_text("utf-8"))
+
+    def _perplexity(self, found: dict[str, Tensor]) -> float:
+        losses = [
+            functional.nll_loss(found[str(index)][:-1], window[1:]).item()
+            for index, window in enumerate(self.ids)
+        ]
+        return math.exp(sum(losses) / len(losses))
 
     def judge(self, folder: Path) -> dict[str, float]:
         """Return KL, top-1, perplexity and the tasks' accuracies of a compressed folder."""
-        model = angelslim.load(in_float32(folder))
+        model = angelslim.load(in_float32(folder, self.shadow))
         divergence = same = loss = 0.0
-        for index, (window, after) in enumerate(zip(self.ids, log_probabilities(model, self.ids), strict=True)):
+        for index, (window, after) in enumerate(
+            zip(self.ids, log_probabilities(model, self.ids), strict=True)
+        ):
             before = self.original[str(index)]
             divergence += (before.exp() * (before - after)).sum(-1).mean().item()
             same += (before.argmax(-1) == after.argmax(-1)).float().mean().item()
@@ -76,8 +96,8 @@ class Judge:
 
     def accuracies(self, model: Any) -> dict[str, float]:
         """Return the accuracy of each task, in percent."""
-        found = {}
-        for task in builtin.TASKS:
+        found: dict[str, float] = {}
+        for task in builtin.TASKS if self.examples else ():
             asked = builtin.examples(task, "evaluation", self.examples, TASK_SEED, thinking=False)
             found[task] = exact_match(
                 model, self.tokenizer, asked, batch_size=self.examples, max_new_tokens=16

@@ -10,7 +10,7 @@ import os
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from runner import Task, main  # noqa: E402  the variables above come first
+from runner import Task, main
 
 
 def gptq(task: Task, *, follow_original: bool) -> None:

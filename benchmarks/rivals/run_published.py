@@ -13,8 +13,9 @@ from runner import Task, main
 
 def fp8(task: Task, name: str) -> None:
     """Calibrate with the samples as they are (no padding) and save; the call is the engine's run."""
-    from angelslim.engine import Engine
     from angelslim.utils.config_parser import CompressionConfig, GlobalConfig, QuantizationConfig
+
+    from angelslim.engine import Engine
 
     engine = Engine()
     engine.prepare_model(model_name="Qwen", model_path=task.model, device_map="cpu", torch_dtype="auto")

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .base.console import bar
-from .base.errors import ConfigError, ModelError, SchemeError, UserError, did_you_mean
+from .base.errors import ConfigError, ModelError, ResourceError, SchemeError, UserError, did_you_mean
 from .export._checkpoint import QuantizedCheckpoint, open_any
 from .export._same import check_equal, respelled, suited
 from .export.base import FILES, FORMATS, Exporter, Restored, refusal
@@ -39,10 +40,21 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
     if name not in FILES and name not in FORMATS:
         raise ConfigError(f"Unknown format {wanted!r}.", fix=did_you_mean(name, [*FORMATS, *FILES]))
     source, checkpoint = open_compressed(folder)
-    if name in FILES:
-        FILES.get(name).write(source, out)
-        return
-    exporter = FORMATS.get(name)
+    try:
+        if name in FILES:
+            FILES.get(name).write(source, out)
+        else:
+            _rewrite(source, checkpoint, wanted, out)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"Writing to {out} failed ({getattr(error, 'strerror', None) or error}).",
+            fix="Free some disk space or choose another --out.",
+        ) from error
+
+
+def _rewrite(source: Source, checkpoint: QuantizedCheckpoint, wanted: str, out: Path) -> None:
+    """Write a folder in another format; it appears under its name when it is complete."""
+    folder, exporter = source.folder, FORMATS.get(wanted.replace("-", "_"))
     schemes = {layer: suited(scheme, exporter) for layer, scheme in checkpoint.schemes.items()}
     shapes = {layer: _shape(checkpoint, layer) for layer in schemes}
     if reason := refusal(exporter, schemes, shapes):

@@ -67,7 +67,7 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether the model has to run."""
-        return any(step.needs_data(self.scheme) for step in (*self.transforms, self.method))
+        return _calibrates(self.stage, (*self.transforms, self.method))
 
     @property
     def follows_original(self) -> bool:
@@ -121,7 +121,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
     quantization = next(each.quantization for each in config.compression if each.quantization)
-    _check_inputs(config, any(step.needs_data(stage.scheme) for step in (*steps, method)))
+    _check_inputs(config)
     source = _open(reference, config)
     rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
     for each in rewrites:
@@ -176,6 +176,13 @@ def _rounding(work: Sequence[Stage]) -> Stage:
     return rounding[0]
 
 
+def _calibrates(stage: Stage, steps: Sequence[Blockwise]) -> bool:
+    """Say whether the model has to run: for the scheme of most layers, or for static inputs of an override."""
+    assert stage.scheme is not None
+    static = any(scheme is not None and scheme.needs_data for _, scheme in stage.overrides)
+    return static or any(step.needs_data(stage.scheme) for step in steps)
+
+
 def _open(reference: str | Path, config: Config) -> Source:
     """Open the model; one that was published in FP8 is decoded as it is read."""
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
@@ -193,13 +200,8 @@ def _open(reference: str | Path, config: Config) -> Source:
     return source
 
 
-def _check_inputs(config: Config, calibrates: bool) -> None:
-    """Refuse data and measurements that would fail only after hours of work."""
-    if calibrates and config.dataset.name != "TextDataset":
-        raise ConfigError(
-            f"Understood, but not built yet: calibration with dataset.name {config.dataset.name!r}.",
-            fix="Use TextDataset, which calibrates the language model on text.",
-        )
+def _check_inputs(config: Config) -> None:
+    """Refuse measurements that would fail only after hours of work."""
     settings = config.evaluation
     if settings.enabled:
         for task in settings.tasks:
@@ -225,7 +227,7 @@ def _check_static(source: Source, selection: Selection) -> None:
         for block in source.structure.blocks
         for experts in streamable(source, block).values()
         for expert in experts
-        for tensor in (*expert.first, expert.last)
+        for tensor in expert.names
     }
     experts = [layer.name for layer in static if layer.module is None and layer.tensor not in streamed]
     if experts:

@@ -9,17 +9,20 @@ import json
 import shutil
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .base.errors import ResourceError
-from .job import Job
+from .job import Job, Unit
+from .models.experts import streamable
 from .models.loading import Source
 from .models.select import Layer, groups_by_linear
+from .models.structure import Group
 from .numerics.error import error_of
-from .numerics.quantize import quantize, tile_of
+from .numerics.quantize import quantize, scale_type, tile_of
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
@@ -94,7 +97,7 @@ def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
     quant = layer.scheme.weight
     rows, columns = tile_of(quant.granularity, layer.shape)
     tiles = -(-layer.shape[0] // rows) * -(-layer.shape[1] // columns)
-    scale_bytes = dtype.itemsize if quant.format.bits < 8 else 4
+    scale_bytes = 2 if quant.scale == "float16" else scale_type(quant, dtype).itemsize
     zero_bits = 0 if quant.symmetric else quant.format.bits
     return (
         layer.shape[0] * layer.shape[1] * quant.format.bits // 8
@@ -114,25 +117,45 @@ def activation_bytes(job: Job) -> int:
 
 
 def peak_memory(job: Job) -> int:
-    """Resident bytes at the worst unit: tensors, result, float32 copies of its largest layer, the method's own.
+    """Resident bytes at the worst unit: its tensors, its result, and what working on its largest piece takes.
 
-    While calibrating, the embedding is resident once, before the first block, and the activations always.
+    Pieces are the block and each streamed expert, one at a time. While calibrating, the embedding is resident once,
+    before the first block, and the activations always; streamed experts keep what they were asked and what they
+    answer beside them.
     """
-    tensors = job.source.checkpoint.tensors
-    layers = {layer.tensor: layer for layer in job.selection.layers}
-    groups = groups_by_linear(job.source)
-    worst = 0
-    for unit in job.units:
-        quantized = [layers[name] for name in unit.tensors if name in layers]
-        kept = sum(tensors[name].nbytes for name in unit.tensors if name not in layers)
-        result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in quantized)
-        source = sum(tensors[layer.tensor].nbytes for layer in quantized) if job.calibrates else 0
-        largest = max((layer.shape[0] * layer.shape[1] for layer in quantized), default=0)
-        steps = (*job.transforms, job.method) if unit.block is not None else ()
-        own = max((step.working_memory(quantized, groups) for step in steps), default=0)
-        worst = max(worst, source + result + FLOAT32_COPIES * 4 * largest + own)
+    worst = max(_unit_memory(job, unit) for unit in job.units)
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
-    return LIBRARIES + worst + activations
+    mixture = any(job.calibrates and streamable(job.source, block) for block in job.source.structure.blocks)
+    return LIBRARIES + worst + activations + (2 * activation_bytes(job) if mixture else 0)
+
+
+def _unit_memory(job: Job, unit: Unit) -> int:
+    tensors = job.source.checkpoint.tensors
+    layers = [layer for layer in job.selection.layers if layer.tensor in set(unit.tensors)]
+    chosen = {layer.tensor for layer in layers}
+    kept = sum(tensors[name].nbytes for name in unit.tensors if name not in chosen)
+    result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in layers)
+    if unit.block is None or not job.calibrates:
+        return result + _piece_memory(job, layers, {})
+    block = job.source.structure.blocks[unit.block]
+    experts = [one for each in streamable(job.source, block).values() for one in each]
+    apart = {name for expert in experts for name in expert.names}
+    own = [layer for layer in layers if layer.tensor not in apart]
+    worst = streamed = 0
+    for expert in experts[:1]:  # they are all alike
+        placed = [replace(x, module=expert.module(x.tensor)) for x in layers if x.tensor in expert.names]
+        streamed = sum(tensors[name].nbytes for name in expert.names)
+        worst = streamed + _piece_memory(job, placed, expert.groups)
+    dense = sum(tensors[layer.tensor].nbytes for layer in own)
+    return result + dense + max(_piece_memory(job, own, groups_by_linear(job.source)), worst)
+
+
+def _piece_memory(job: Job, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
+    """Bytes for rounding the largest of these layers, and what the job's steps hold for all of them."""
+    largest = max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
+    steps = (*job.transforms, job.method) if groups else ()
+    own = max((step.working_memory(layers, groups) for step in steps), default=0)
+    return FLOAT32_COPIES * 4 * largest + own
 
 
 def disk_needed(job: Job, output: int) -> int:

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .export._cache import cache_quant
 from .export._checkpoint import QuantizedCheckpoint, open_any
+from .models.attention import States, Watch, module_path, watch
+from .models.checkpoint import read_tensor
+from .models.loading import Source
+from .numerics.kv_cache import through_cache
 from .numerics.quantize import fake_quantize
 from .numerics.scheme import Quant
 
@@ -30,6 +35,7 @@ def load(
     model.tie_weights()  # type: ignore[operator]
     if isinstance(source.checkpoint, QuantizedCheckpoint):
         _quantize_inputs(model, source.targets, source.checkpoint, torch.device(device))
+        _quantize_cache(model, source, source.checkpoint, torch.device(device))
     _set_generation(model, source.folder)
     return model.eval()
 
@@ -54,6 +60,25 @@ def _quantizer(quant: Quant, scale: Tensor | None) -> Callable[..., tuple[Tensor
         return (fake_quantize(args[0], quant, scale), *args[1:])
 
     return hook
+
+
+def _quantize_cache(
+    model: nn.Module, source: Source, checkpoint: QuantizedCheckpoint, device: torch.device
+) -> None:
+    """Let attention read keys and values as a quantized cache returns them, the newest included."""
+    quant = cache_quant(checkpoint.settings)
+    stored = [name.removesuffix(".k_scale") for name in checkpoint.stored if name.endswith(".k_scale")]
+    for name in stored if quant is not None else []:
+        key, value = (read_tensor(checkpoint.stored[f"{name}.{role}_scale"]).to(device).float() for role in "kv")
+        assert quant is not None
+        watch([model.get_submodule(module_path(source, name))], _cache(quant, key, value))
+
+
+def _cache(quant: Quant, key_scale: Tensor, value_scale: Tensor) -> Watch:
+    def through(_module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> States:
+        return query, through_cache(key, key_scale, quant), through_cache(value, value_scale, quant)
+
+    return through
 
 
 def _set_generation(model: Any, folder: Path) -> None:

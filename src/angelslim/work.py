@@ -18,6 +18,7 @@ from torch import Tensor
 from .base.console import bar
 from .base.errors import DataError, ModelError, UserError
 from .base.memory import trim
+from .data.multimodal import Sample, multimodal_samples
 from .data.text import calibration_batches
 from .job import Job, Unit
 from .models.activations import ActivationStore
@@ -155,7 +156,7 @@ def _stream_block(
             name: (tensors, tensors.module(name))
             for experts in stream.experts.values()
             for tensors in experts.tensors
-            for name in (*tensors.first, tensors.last)
+            for name in tensors.names
         }
         own = tuple(layer for layer in layers if layer.tensor not in owned)
         block = Block(job.source, index, own, groups, job.device, runner)
@@ -166,7 +167,7 @@ def _stream_block(
         ) as progress:
             for experts in stream.experts.values():
                 for tensors in experts.tensors:
-                    names = {tensors.module(name): name for name in (*tensors.first, tensors.last)}
+                    names = {tensors.module(name): name for name in tensors.names}
                     chosen = [layer for layer in layers if layer.tensor in names.values()]
                     placed = tuple(replace(layer, module=tensors.module(layer.tensor)) for layer in chosen)
                     part = ExpertRunner(experts, tensors.index)
@@ -219,20 +220,36 @@ def _settle(job: Job, block: Block, stored: Mapping[str, str], done: Done) -> No
     block.results.clear()
 
 
-def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
-    data = job.config.dataset
-    samples = calibration_batches(
-        tokenizer_of(job.source.folder),
-        data.data_path,
-        samples=data.num_samples,
-        max_length=data.max_seq_length,
-        seed=job.config.global_.seed,
-    )
-    vocabulary = job.source.config.get_text_config().vocab_size
-    if max(int(ids.max()) for ids in samples) >= vocabulary:
+def _samples(job: Job) -> list[Sample]:
+    """Return the calibration samples that the recipe asks for; ids beyond the vocabulary are a `DataError`."""
+    data, seed = job.config.dataset, job.config.global_.seed
+    if data.name == "TextDataset":
+        texts = calibration_batches(
+            tokenizer_of(job.source.folder),
+            data.data_path,
+            samples=data.num_samples,
+            max_length=data.max_seq_length,
+            seed=seed,
+        )
+        samples = [{"input_ids": ids} for ids in texts]
+    else:
+        samples = multimodal_samples(
+            processor_of(job.source.folder),
+            data.data_path,
+            kind="audio" if data.name == "AudioDataset" else "image",
+            samples=data.num_samples,
+            max_length=data.max_seq_length,
+            seed=seed,
+        )
+    if max(int(sample["input_ids"].max()) for sample in samples) >= job.source.config.get_text_config().vocab_size:
         raise DataError(
             "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
         )
+    return samples
+
+
+def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
+    samples = _samples(job)
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
     follow = job.follows_original
     stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
@@ -265,3 +282,23 @@ def tokenizer_of(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelError(f"{folder} has no usable tokenizer ({reason}).", fix=fix) from error
+
+
+def processor_of(folder: Path) -> Any:
+    """Load the processor of a vision or speech model; a missing one is a `ModelError`."""
+    from transformers import AutoProcessor
+
+    try:
+        found = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"{folder} has no usable processor for images or sound ({reason}).",
+            fix="Copy the model's preprocessor and processor files, or use dataset.name: TextDataset.",
+        ) from error
+    if not hasattr(found, "tokenizer"):
+        raise ModelError(
+            f"{folder} is a text model: its folder has a tokenizer and no processor.",
+            fix="Use dataset.name: TextDataset.",
+        )
+    return found

@@ -134,7 +134,9 @@ def test_every_named_scheme_can_be_asked_for():
 def test_small_scales_can_be_spelled_out():
     tensor = {"format": "fp4_e2m1", "granularity": "per-group", "group_size": 16, "scale": "e4m3"}
     spec = {"weight": tensor, "input": {**tensor, "dynamic": True}}
-    assert stages(load({"compression": {"quantization": {"scheme": spec}}}).config)[0].scheme == PRESETS["nvfp4"]
+    assert (
+        stages(load({"compression": {"quantization": {"scheme": spec}}}).config)[0].scheme == PRESETS["nvfp4"]
+    )
 
 
 def test_overrides_keep_their_order():

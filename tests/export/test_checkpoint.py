@@ -54,10 +54,17 @@ def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return scale.repeat_interleave(32, 0).repeat_interleave(32, 1)[: shape[0], : shape[1]]
 
 
-DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+DEEPSEEK = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [32, 32],
+}
 
 
-@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "scales", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8], ids=str
+)
 def test_a_deepseek_checkpoint_in_fp8_is_the_model_of_its_decoded_weights(scales, tmp_path):
     save_random("deepseek_v3", tmp_path / "fp8")
     plain = copy_model(tmp_path / "fp8", tmp_path / "plain")

@@ -39,7 +39,9 @@ def test_experts_are_two_signed_nibbles_a_byte():
     assert {int(code) for code in quantized.codes.unique()} == set(range(-8, 8))
     scale = tensors[f"{NAME}.weight_scale_inv"]
     assert (scale.dtype, tuple(scale.shape)) == (torch.float32, (16, 2))
-    assert tensors[f"{NAME}.input_scale"].shape == () and tensors[f"{NAME}.input_scale"].dtype == torch.bfloat16
+    assert (
+        tensors[f"{NAME}.input_scale"].shape == () and tensors[f"{NAME}.input_scale"].dtype == torch.bfloat16
+    )
 
 
 def test_round_trip_of_a_mixture():

@@ -75,7 +75,9 @@ def test_an_entry_without_effect_is_an_error(opened, entry, reason):
 
 
 def test_an_entry_behind_a_wider_one_is_an_error(opened):
-    with pytest.raises(ConfigError, match="'mlp.down_proj' has no effect: an earlier entry, 'down_proj', decides"):
+    with pytest.raises(
+        ConfigError, match=r"'mlp\.down_proj' has no effect: an earlier entry, 'down_proj', decides"
+    ):
         chosen(opened("llama"), ("down_proj", INT4), ("mlp.down_proj", INT8))
 
 
@@ -90,7 +92,9 @@ def test_an_entry_behind_a_wider_one_is_an_error(opened):
     ],
 )
 def test_what_engines_join_may_not_differ(opened, family, entry, scheme, names):
-    with pytest.raises(SchemeError, match=f"Engines compute these as one matrix, and they differ: .*({names})"):
+    with pytest.raises(
+        SchemeError, match=f"Engines compute these as one matrix, and they differ: .*({names})"
+    ):
         chosen(opened(family), (entry, scheme))
 
 

@@ -191,3 +191,52 @@ def test_inputs_that_cannot_be_matched_are_told_apart(tmp_path):
         )
         del mlp.forward
     assert [original is None for original in originals] == [False, True] * 2
+
+
+IMAGE = 90
+
+
+def with_image(family: str) -> dict[str, torch.Tensor]:
+    """Ids with one picture of 16 patches, and its pixels, as the family wants them."""
+    generator = torch.Generator().manual_seed(2)
+    if family == "llava":
+        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+    if family == "qwen2_audio":
+        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
+        features = torch.randn(1, 16, 64, generator=generator)
+        return {
+            "input_ids": ids,
+            "input_features": features,
+            "feature_attention_mask": torch.ones(1, 64, dtype=torch.long),
+        }
+    ids = torch.tensor([[5, 92, *[IMAGE] * 4, 93, 7, 8, 9]])
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(16, 96, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "qwen2_audio"])
+def test_towers_feed_the_stream(family, tmp_path):
+    model = save_random(family, tmp_path / "model")
+    source = open_model(tmp_path / "model")
+    inputs, blocks = with_image(family), source.structure.blocks
+    stream = BlockStream(source, [inputs], ActivationStore(tmp_path / "store", 0), CPU)
+    stream.prepare(0)
+    assert resident(source) == set()  # towers are freed again
+    expected: list[torch.Tensor] = []
+    for block in blocks:
+        model.get_submodule(block).register_forward_hook(
+            lambda _module, _args, out: expected.append((out[0] if isinstance(out, tuple) else out).clone())
+        )
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    for index in range(len(blocks)):
+        with stream.resident(index):
+            stream.through(index)
+        torch.testing.assert_close(stream.store.get(index + 1, 0), expected[index], atol=1e-5, rtol=0)
+    added = set(stream._added[0])
+    assert added == ({1} if family == "qwen3_vl" else set())  # that one adds to the first blocks' outputs

@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from angelslim.numerics.packing import pack_fp4, unpack_fp4, pack_int4, unpack_int4
+from angelslim.numerics.packing import pack_fp4, pack_int4, unpack_fp4, unpack_int4
 
 
 def codes(rows: int, columns: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from ..base.errors import ConfigError, SchemeError, did_you_mean
 from ..numerics.scheme import (
     FORMATS,
     PER_CHANNEL,
+    PER_HEAD,
     PER_TENSOR,
     PER_TOKEN,
     PRESETS,
@@ -61,7 +62,7 @@ def adjusted(scheme: Scheme, method: QuantMethod, where: str) -> Scheme:
     else:
         weight, inputs = _coarser_or_finer(weight, inputs, method, where)
     if method.kv_cache is not None:
-        kv = _kv(weight, inputs, method.kv_cache, f"{where}.kv_cache")
+        kv = _kv(method.kv_cache, f"{where}.kv_cache")
     return Scheme(weight, inputs, kv)
 
 
@@ -94,7 +95,9 @@ def _check_words(size: int, method: QuantMethod, where: str) -> None:
     if sizes == {size} and weights and inputs and not method.zero_point:
         return
     fix = "Leave these words out, or name another scheme."
-    raise ConfigError(f"This number format has symmetric groups of {size}, and no others.", where=where, fix=fix)
+    raise ConfigError(
+        f"This number format has symmetric groups of {size}, and no others.", where=where, fix=fix
+    )
 
 
 def _input(inputs: Quant, weight: Quant, grain: Grain | None, method: QuantMethod, where: str) -> Quant:
@@ -154,12 +157,12 @@ def _block(size: list[int] | None, where: str) -> Granularity:
     return per_block(*sizes)
 
 
-def _kv(weight: Quant, inputs: Quant | None, grain: Grain, where: str) -> Quant:
-    if grain != "per-tensor":
-        fix = "Use per-tensor."
-        raise ConfigError(f"The KV cache cannot be {grain} here.", where=where, fix=fix)
-    integer = (inputs or weight).format.kind == "int"
-    return Quant(_INT8 if integer else _FP8, PER_TENSOR)
+def _kv(grain: Grain, where: str) -> Quant:
+    """Caches are FP8 whatever the weights are: engines keep no others."""
+    if grain not in ("per-tensor", "per-head"):
+        fix = "Use per-tensor or per-head."
+        raise ConfigError(f"The KV cache cannot be {grain}.", where=where, fix=fix)
+    return Quant(_FP8, PER_TENSOR if grain == "per-tensor" else PER_HEAD)
 
 
 def explicit(scheme: str | ExplicitScheme, method: QuantMethod, where: str) -> Scheme:
@@ -195,6 +198,9 @@ def _quant(spec: TensorScheme, where: str) -> Quant:
     if not spec.symmetric and number.kind == "float":
         fix = "Remove symmetric: false."
         raise ConfigError(f"{number.name} is symmetric by nature.", where=where, fix=fix)
+    if where.endswith(".kv"):
+        grain_of_cache = _kv(spec.granularity, where).granularity
+        return Quant(number, grain_of_cache, spec.symmetric, spec.dynamic, spec.scale)
     words = QuantMethod(group_size=spec.group_size, block_size=spec.block_size)
     grain = _weight_grain if where.endswith(".weight") else _input_grain
     try:
@@ -221,7 +227,9 @@ def overrides(
         elif override.quant_method.given() and scheme is not None:
             other = adjusted(scheme, override.quant_method, at)
         else:
-            raise ConfigError("The override changes nothing.", where=at, fix="Give it a scheme, or scheme: none.")
+            raise ConfigError(
+                "The override changes nothing.", where=at, fix="Give it a scheme, or scheme: none."
+            )
         if other is not None and scheme is not None:
             other = replace(other, kv=scheme.kv)  # the cache belongs to no layer of its own
         found += [(entry, other) for entry in override.match]

@@ -194,7 +194,7 @@ def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
         if helper != "smooth":
             yield Stage("transform", helper, None, {}, ignored_layers(section))
     if scheme is not None and scheme.kv is not None:
-        yield Stage("transform", "kv_cache", scheme, {}, ignored_layers(section))
+        yield Stage("transform", "kv_cache", scheme, {"quant": scheme.kv}, ignored_layers(section))
     options = {**dict(method.options), **switches(section)}
     if scheme is None:
         options |= section.quant_method.given()

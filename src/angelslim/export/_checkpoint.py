@@ -80,9 +80,9 @@ class QuantizedCheckpoint(Checkpoint):
         file = parts[self.exporter.scale_name].file
         return TensorInfo(f"{name}.weight", self.dtype, shape, file, 0, prod(shape) * self.dtype.itemsize)
 
-    def restore(self, name: str) -> Restored:
+    def restore(self, name: str, device: torch.device | str = "cpu") -> Restored:
         """Decode one quantized layer to its codes and scales; parts that do not fit are a `ModelError`."""
-        tensors = {tensor: read_tensor(self.stored[tensor]) for tensor in self.parts[name]}
+        tensors = {tensor: self.fetch(self.stored[tensor]).to(device) for tensor in self.parts[name]}
         try:
             restored = self.exporter.restore(name, tensors, self.schemes[name])
         except (KeyError, RuntimeError) as error:
@@ -103,12 +103,19 @@ class QuantizedCheckpoint(Checkpoint):
             fix="Copy the folder again, or compress the model again.",
         )
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one tensor; a quantized weight is dequantized to the model's type."""
         layer = name.removesuffix(".weight")
         if layer in self.parts and name != layer:
-            return self.restore(layer).weight.dequantize().to(self.dtype)
-        return super().read(name)
+            return self.restore(layer, device).weight.dequantize().to(self.dtype)
+        return super().read(name, device)
+
+    def sources(self, name: str) -> list[TensorInfo]:
+        """Return the stored parts of a layer, or the tensor itself."""
+        layer = name.removesuffix(".weight")
+        if layer in self.parts and name != layer:
+            return [self.stored[part] for part in self.parts[layer]]
+        return super().sources(name)
 
 
 def open_quantized(folder: Path, config: Any) -> QuantizedCheckpoint:

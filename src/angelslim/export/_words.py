@@ -21,7 +21,7 @@ def pack_words(values: Tensor, bits: int, order: Sequence[int] | None = None) ->
     """Pack unsigned values ``[rows, columns]`` of `bits` bits into int32 ``[rows, columns * bits / 32]``."""
     count = WORD // bits
     split = values.to(torch.int32).reshape(values.shape[0], -1, count)
-    words = torch.zeros(split.shape[:2], dtype=torch.int32)
+    words = torch.zeros(split.shape[:2], dtype=torch.int32, device=values.device)
     for position, column in enumerate(order or range(count)):
         words |= split[..., column] << (bits * position)
     return words
@@ -30,7 +30,7 @@ def pack_words(values: Tensor, bits: int, order: Sequence[int] | None = None) ->
 def unpack_words(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
     """Undo `pack_words`: int32 ``[rows, words]`` -> unsigned values, int32 ``[rows, words * 32 / bits]``."""
     count, mask = WORD // bits, 2**bits - 1
-    split = torch.empty((*words.shape, count), dtype=torch.int32)
+    split = torch.empty((*words.shape, count), dtype=torch.int32, device=words.device)
     for position, column in enumerate(order or range(count)):
         split[..., column] = (words >> (bits * position)) & mask
     return split.flatten(1)

@@ -76,8 +76,8 @@ class AwqLayout:
         """Return the three tensors of a layer."""
         assert weight.zero is not None
         return {
-            f"{name}.qweight": pack_words(weight.codes.cpu().int().T + MIDDLE, BITS, ORDER),
-            f"{name}.qzeros": pack_words(weight.zero.cpu().int().T + MIDDLE, BITS, ORDER),
+            f"{name}.qweight": pack_words(weight.codes.int().T + MIDDLE, BITS, ORDER),
+            f"{name}.qzeros": pack_words(weight.zero.int().T + MIDDLE, BITS, ORDER),
             f"{name}.scales": exactly(weight.scale, torch.float16, name).T.contiguous(),
         }
 

@@ -42,6 +42,7 @@ from ..numerics.scheme import (
     per_block,
     per_group,
 )
+from ._cache import cache_arguments, refuses_cache
 from .base import Restored
 
 VARIANTS = {  # (number format, kind of scales) -> variant
@@ -91,7 +92,7 @@ class CompressedTensors:
             return "packed weights are per group or per channel"
         if scheme.input and not scheme.input.dynamic and scheme.input.granularity != PER_TENSOR:
             return "static activation scales are per tensor"
-        return ""
+        return refuses_cache(scheme.kv)
 
     def refuses_together(self, schemes: Mapping[str, Scheme]) -> str:
         """Every layer may have a scheme of its own."""
@@ -154,6 +155,7 @@ class CompressedTensors:
             format=variants.pop() if len(variants) == 1 else "mixed-precision",
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=list(ignore),
+            kv_cache_scheme=cache_arguments(kv) if (kv := _cache(schemes)) is not None else None,
         )
         written: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
         return written
@@ -272,6 +274,10 @@ def _arguments(quant: Quant) -> Any:
         dynamic=dynamic,
         **details,
     )
+
+
+def _cache(schemes: Mapping[str, Scheme]) -> Quant | None:
+    return next((scheme.kv for scheme in schemes.values() if scheme.kv is not None), None)
 
 
 def _scheme(group: Any) -> Scheme:

@@ -38,7 +38,7 @@ class Fp8Block:
             return "activations must be dynamic FP8"
         if given.granularity != per_group(weight.granularity.columns):
             return f"activations must be per group of {weight.granularity.columns}"
-        return ""
+        return "the KV cache cannot be quantized in it" if scheme.kv is not None else ""
 
     def refuses_together(self, schemes: Mapping[str, Scheme]) -> str:
         """The config names one block size."""

@@ -79,9 +79,9 @@ class GptqLayout:
         bits = scheme.weight.format.bits
         middle = 2 ** (bits - 1)
         inputs, groups = weight.codes.shape[1], weight.scale.shape[1]
-        zeros = torch.full((groups, weight.codes.shape[0]), middle - 1, dtype=torch.int32)
+        zeros = torch.full((groups, weight.codes.shape[0]), middle - 1)
         return {
-            f"{name}.qweight": pack_words(weight.codes.cpu().int() + middle, bits).T.contiguous(),
+            f"{name}.qweight": pack_words(weight.codes.int() + middle, bits).T.contiguous(),
             f"{name}.qzeros": pack_words(zeros, bits),
             f"{name}.scales": exactly(weight.scale, torch.float16, name).T.contiguous(),
             f"{name}.g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
@@ -135,7 +135,9 @@ class GptqLayout:
         scale = tensors[f"{name}.scales"].T.contiguous()
         order = tensors.get(f"{name}.g_idx")
         inputs, groups = codes.shape[1], scale.shape[1]
-        if order is not None and not torch.equal(order.long(), torch.arange(inputs) // (inputs // groups)):
+        if order is not None and not torch.equal(
+            order.long().cpu(), torch.arange(inputs) // (inputs // groups)
+        ):
             raise ModelError(
                 f"The inputs of layer {name!r} are not in order (desc_act).",
                 fix="Use a checkpoint made with desc_act: false, or with static groups.",

@@ -53,7 +53,8 @@ class W4AFp8:
 
     def refuses(self, scheme: Scheme) -> str:
         """Two schemes and no other."""
-        if scheme == DENSE or (_four_bit(scheme.weight) and scheme.input == Quant(FP8, PER_TENSOR)):
+        experts = _four_bit(scheme.weight) and scheme.input == Quant(FP8, PER_TENSOR) and scheme.kv is None
+        if scheme == DENSE or experts:
             return ""
         return f"layers must be INT4 {GROUP} with static FP8 inputs, or {DENSE}"
 
@@ -85,7 +86,7 @@ class W4AFp8:
         if not _four_bit(scheme.weight):
             return fp8_block.FORMAT.tensors(name, weight, scheme, input_scale)
         assert input_scale is not None
-        nibbles = weight.codes.cpu() & 0xF
+        nibbles = weight.codes & 0xF
         return {
             f"{name}.weight": (nibbles[:, 1::2] << 4 | nibbles[:, ::2]).contiguous(),
             f"{name}.weight_scale_inv": exactly(weight.scale, torch.bfloat16, name).float(),

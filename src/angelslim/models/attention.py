@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..base.errors import ModelError
+from .loading import Source
 
 PREFIX = "angelslim_watch_"
 States = tuple[Tensor, Tensor, Tensor]
@@ -58,6 +59,26 @@ def watched(root: nn.Module, function: Watch) -> Iterator[None]:
             _WATCHES.pop(module, None)
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def stored_name(source: Source, path: str) -> str:
+    """Return what the checkpoint calls the module at `path`."""
+    return next((name for name, module in _names(source, path) if module == path), path)
+
+
+def module_path(source: Source, stored: str) -> str:
+    """Return the path of the module that the checkpoint calls `stored`."""
+    return next((module for name, module in _names(source, stored) if name == stored), stored)
+
+
+def _names(source: Source, last: str) -> Iterator[tuple[str, str]]:
+    """Yield the checkpoint's and the model's name of modules whose path ends like `last`."""
+    leaf = "." + last.rpartition(".")[2] + "."
+    for tensor, target in source.targets.items():
+        if target.pattern is None and leaf in tensor and leaf in target.parameter:
+            (name, _, tail), (module, _, other) = tensor.rpartition(leaf), target.parameter.rpartition(leaf)
+            if tail == other:
+                yield name + leaf[:-1], module + leaf[:-1]
 
 
 def _switch(config: Any) -> None:

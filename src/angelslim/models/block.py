@@ -99,7 +99,7 @@ class Block:
         if layer.module is not None and self.runner is not None:
             weight = self.parameter(f"{layer.module}.weight")
         else:
-            weight = self.source.checkpoint.read(layer.tensor).to(self.device)
+            weight = self.source.checkpoint.read(layer.tensor, self.device)
         if not all(math.isfinite(value) for value in torch.stack(torch.aminmax(weight)).tolist()):
             raise ModelError(
                 f"The weight {layer.tensor!r} holds NaN or infinity.",

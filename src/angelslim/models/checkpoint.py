@@ -18,6 +18,8 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -91,6 +93,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self._ahead: dict[str, Future[Tensor]] = {}
+        self._reader: ThreadPoolExecutor | None = None
         for file in self._files():
             header, start = read_header(file)
             for name, entry in header.items():
@@ -136,9 +140,30 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one whole tensor into new memory."""
-        return read_tensor(self.tensors[name])
+        return self.fetch(self.tensors[name]).to(device)
+
+    def sources(self, name: str) -> list[TensorInfo]:
+        """Return the stored tensors that `read` needs for a name."""
+        return [self.tensors[name]]
+
+    def ahead(self, names: Iterable[str]) -> None:
+        """Start reading tensors in the background; `read` then waits for them instead of the disk.
+
+        A GPU computes with one block while the next one is read. What was asked for stays in memory until it
+        is read.
+        """
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "read-ahead")
+        for name in names:
+            for info in self.sources(name):
+                self._ahead.setdefault(info.name, self._reader.submit(read_tensor, info))
+
+    def fetch(self, info: TensorInfo) -> Tensor:
+        """Return a stored tensor: read ahead, or now."""
+        coming = self._ahead.pop(info.name, None)
+        return read_tensor(info) if coming is None else coming.result()
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,11 @@ class ExpertTensors:
         str, ...
     ]  # tensors that read the input, in the order in which the stack joins them (gate, up)
     last: str  # the tensor that makes the output (down)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of the expert's tensors."""
+        return (*self.first, self.last)
 
     def module(self, tensor: str) -> str:
         """Return the module path of the linear that holds a tensor, as if the experts were a list of modules."""
@@ -173,9 +178,11 @@ class StreamedExperts:
     def load(self, expert: int) -> Expert:
         """Read one expert from the checkpoint."""
         tensors = self.tensors[expert]
+        if self.device.type != "cpu" and expert + 1 < len(self.tensors):
+            self.source.checkpoint.ahead(self.tensors[expert + 1].names)
         weights = {}
-        for name in (*tensors.first, tensors.last):
-            weight = self.source.checkpoint.read(name).to(self.device, self.source.dtype)
+        for name in tensors.names:
+            weight = self.source.checkpoint.read(name, self.device).to(self.source.dtype)
             scaled = self.scale is not None and name != tensors.last
             weights[name] = (weight * self.scale).to(weight.dtype) if scaled else weight  # type: ignore[operator]
         return Expert(self.source.model.get_submodule(self.path), tensors, weights)
@@ -208,7 +215,7 @@ class ExpertRunner:
         """Pieces of up to `CHUNK` tokens."""
         return len(self._pieces)
 
-    @property
+    @cached_property
     def _pieces(self) -> list[Tensor]:
         """Own tokens and the extra ones, ``[tokens, hidden]`` each, in host memory."""
         rows = [self.experts.asked[e].hidden[tokens] for e, (tokens, _) in self.own.items() if self._ours(e)]

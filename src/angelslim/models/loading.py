@@ -89,14 +89,14 @@ class Source:
             fix="The checkpoint and config.json do not belong together, or a shard is missing.",
         )
 
-    def parameter(self, name: str) -> dict[str, Tensor]:
+    def parameter(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Read what a parameter needs; a conversion may fill several parameters at once."""
         tensors = self.tensors_of.get(name)
         if not tensors:
             raise self._absent(name)
         pattern = self.targets[tensors[0]].pattern
         if pattern is None:
-            return {name: self.checkpoint.read(tensors[0])}
+            return {name: self.checkpoint.read(tensors[0], device)}
         rule = deepcopy(self.rules[pattern])
         for tensor in tensors:
             source_pattern = self.targets[tensor].pattern
@@ -116,7 +116,7 @@ class Source:
         pending = {name for name in pending if name.rpartition(".")[0] not in leave}
         while pending:
             name = min(pending)
-            filled = self.parameter(self._tied(name))
+            filled = self.parameter(self._tied(name), device)
             if self._tied(name) != name:
                 filled = {name: next(iter(filled.values()))}
             for key, value in filled.items():

@@ -5,7 +5,9 @@ each block's call arguments (rotary tables, masks, which differ between layer ty
 the blocks are walked: a block's weights are read from disk, the samples run through it, the method observes and
 quantizes, the block is freed. Memory is one block plus the activations' budget, whatever the depth.
 
-Samples run one by one at their own length, so no padding exists and none can enter a statistic.
+Samples run one by one at their own length, so no padding exists and none can enter a statistic. Some models add
+to the hidden states between blocks (features of an image to the first few): the recorders pass their input on, so
+the skeleton sees what was added, and the stream adds it again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .block import Observe, ObservePair
 from .experts import ExpertRunner, StreamedExperts, streamable, watching
 from .loading import Source
 
+TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})  # everything else is for a tower
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block after the hidden states
 
 
@@ -51,13 +54,15 @@ class BlockStream:
         self.entries = len(self.samples) * (2 if follow_original else 1)
         self.experts: dict[str, StreamedExperts] = {}  # those of the resident block
         self._calls: list[dict[int, Call]] = []  # sample -> block -> call
+        self._added: list[dict[int, Tensor]] = []  # sample -> block -> what the model adds before it
         self._interned: dict[str, Tensor] = {}
 
     def prepare(self, first: int) -> None:
         """Run the skeleton; generation 0 is stored unless the walk continues at block `first` > 0."""
         for sample, inputs in enumerate(self.samples):
-            hidden, calls = self._record(inputs)
+            hidden, calls, added = self._record(inputs)
             self._calls.append(calls)
+            self._added.append(added)
             if first == 0:
                 for entry in range(sample, self.entries, len(self.samples)):
                     self.store.put(0, entry, hidden)
@@ -76,10 +81,27 @@ class BlockStream:
                 for experts in self.experts.values():
                     standing_in.enter_context(experts.installed())
                 self.source.materialize(path, self.device, leave=frozenset(self.experts))
+                self._read_ahead(index + 1)
                 yield BlockRunner(self, index)
         finally:
             self.source.free(path)
             self.experts = {}
+
+    def _read_ahead(self, index: int) -> None:
+        """On an accelerator, read the next block's weights while this one computes."""
+        if self.device.type == "cpu" or index >= len(self.blocks):
+            return
+        later = {
+            name
+            for tensors in streamable(self.source, self.blocks[index]).values()
+            for expert in tensors
+            for name in expert.names
+        }
+        inside = f"{self.blocks[index]}."
+        targets = self.source.targets
+        self.source.checkpoint.ahead(
+            name for name in targets if targets[name].parameter.startswith(inside) and name not in later
+        )
 
     def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool) -> None:
         """Run every sample through block `index`; `keep` stores the outputs as the next generation.
@@ -142,7 +164,7 @@ class BlockStream:
     def forward(self, index: int, samples: Sequence[int]) -> Tensor:
         """Return the outputs ``[samples, tokens, hidden]`` of block `index`; streamed experts answer zero."""
         calls = [self._calls[sample][index] for sample in samples]
-        hidden = [self.store.get(index, sample) for sample in samples]
+        hidden = [self._input(index, sample) for sample in samples]
         alike = all(_same(call, calls[0]) for call in calls) and len({each.shape for each in hidden}) == 1
         self._set_mode("silent", 0)
         if alike:
@@ -160,7 +182,7 @@ class BlockStream:
     def _forward(self, index: int, entry: int, mode: Literal["silent", "record", "play"]) -> Tensor:
         sample = entry % len(self.samples)
         self._set_mode(mode, entry)
-        output = self._call(index, self.store.get(index, entry), self._calls[sample][index])
+        output = self._call(index, self._input(index, entry), self._calls[sample][index])
         if not output.isfinite().all():
             raise ModelError(
                 f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
@@ -168,23 +190,34 @@ class BlockStream:
             )
         return output
 
+    def _input(self, index: int, entry: int) -> Tensor:
+        hidden = self.store.get(index, entry)
+        added = self._added[entry % len(self.samples)].get(index)
+        return hidden if added is None else hidden + added
+
     def _call(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         module = self.source.model.get_submodule(self.blocks[index])
         output = module(hidden.to(self.device), *call[0], **call[1])
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
-    def _record(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[int, Call]]:
+    def _record(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[int, Call], dict[int, Tensor]]:
+        """Run the model without its blocks; return the first block's input, the calls, and what is added between."""
         model = self.source.model
         calls: dict[int, Call] = {}
+        added: dict[int, Tensor] = {}
         first: list[Tensor] = []
+        passed: list[Tensor] = []  # what the last recorder gave back
         seen: dict[int, tuple[Tensor, Tensor]] = {}
         modules = [model.get_submodule(path) for path in self.blocks]
 
         def recorder(index: int) -> Callable[..., Any]:
             def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
                 if index == 0:
-                    first.append(hidden)
+                    first.append(hidden.clone())
+                elif not torch.equal(hidden, passed[0]):
+                    added[index] = (hidden - passed[0]).cpu()
+                passed[:] = [hidden.clone()]  # some models add in place
                 calls[index] = (self._intern(args, seen), self._intern(kwargs, seen))
                 if index == len(modules) - 1:
                     raise _Recorded
@@ -193,6 +226,9 @@ class BlockStream:
             return forward
 
         hooks = self._fill_on_demand()
+        if inputs.keys() - TEXT_INPUTS:
+            for tower in self.source.structure.towers.values():
+                self.source.materialize(tower, self.device)
         for index, module in enumerate(modules):
             module.forward = recorder(index)
         try:
@@ -205,7 +241,7 @@ class BlockStream:
                 del module.forward
             for hook in hooks:
                 hook.remove()
-        return first[0], calls
+        return first[0], calls, added
 
     def _fill_on_demand(self) -> list[Any]:
         """Let modules outside the blocks read their weights when first called (the embedding, mostly)."""

@@ -128,18 +128,24 @@ def scales_from_range(
     compares several ranges of one tensor, or shares it between tensors.
     """
     grid = quant.format
-    scale_dtype = SCALE_TYPES.get(quant.scale, scale_dtype)
     if quant.scale not in PLAIN_SCALES:
         return stored_scales(torch.maximum(-low, high), quant, outer), None
+    kept = SCALE_TYPES.get(quant.scale, scale_dtype)
     if quant.symmetric:
-        return _safe(torch.maximum(-low, high).double() / half_range(grid), scale_dtype), None
-    scale = _safe((high - low).double() / (grid.high - grid.low), scale_dtype)
+        return _safe(torch.maximum(-low, high).double() / half_range(grid), scale_dtype, kept), None
+    scale = _safe((high - low).double() / (grid.high - grid.low), scale_dtype, kept)
     zero = (grid.low - low / scale.float()).round().clamp(grid.low, grid.high)
     return scale, zero.to(torch.int8)
 
 
-def _safe(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = scale.to(dtype)
+def scale_type(quant: Quant, dtype: torch.dtype) -> torch.dtype:
+    """Return the type that scales of a weight of type `dtype` are rounded to: its own where engines keep them so."""
+    return dtype if quant.format.bits < 8 or quant.scale in SCALE_TYPES else torch.float32
+
+
+def _safe(scale: Tensor, dtype: torch.dtype, kept: torch.dtype) -> Tensor:
+    """Round scales to numbers that both types hold, so that an engine may load the one as the other."""
+    rounded = scale.to(dtype).to(kept)
     return torch.where(rounded > TINY, rounded, torch.ones_like(rounded))
 
 

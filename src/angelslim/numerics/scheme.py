@@ -110,8 +110,8 @@ class Quant:
 
     ===============  ===========================================================================
     ``free``         any number of the type in which scales are stored
-    ``float16``      numbers of float16, for files that keep no others (GGUF, GPTQ, AWQ)
-    ``bfloat16``     numbers of bfloat16
+    ``float16``      those among them that float16 holds: some files keep no others (GGUF, GPTQ, AWQ)
+    ``bfloat16``     those among them that bfloat16 holds
     ``e8m0``         powers of two, one byte (MXFP4, MXFP8)
     ``e4m3``         FP8 numbers over one float32 number for the whole tensor (NVFP4)
     ``fp8_channel``  FP8 numbers times one factor for each output row (INT4 weights, FP8 inputs)

@@ -33,6 +33,15 @@ def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
             f"{file}: llama.cpp has no tokenizer that splits text in this way.",
             fix="Serve the folder with vLLM or SGLang.",
         )
+    named = {
+        **model["vocab"],
+        **{added["content"]: added["id"] for added in content.get("added_tokens") or ()},
+    }
+    if max(named.values()) >= size:
+        raise ModelError(
+            f"{file} has more tokens than the model's vocab_size {size}.",
+            fix="Use the model's own tokenizer.",
+        )
     tokens: list[str] = [f"[unused {index}]" for index in range(size)]
     types = [int(gguf.TokenType.UNUSED)] * size
     for token, index in model["vocab"].items():

@@ -24,6 +24,7 @@ from ...numerics.quantize import (
     outer_of,
     quantize,
     quantize_with,
+    scale_type,
     scales_from_range,
     tile_range,
 )
@@ -74,7 +75,7 @@ def round_weight(
     together = None if shared is None else shared.get(quant)
     if together is not None and quant.granularity == PER_TENSOR:
         return quantize_with(weight, together.clone(), None, quant)
-    scale_dtype = weight.dtype if quant.format.bits < 8 else torch.float32
+    scale_dtype = scale_type(quant, weight.dtype)
     plain = quantize(weight, quant, scale_dtype, None if together is None else together.clone())
     if hessian is None:
         return plain

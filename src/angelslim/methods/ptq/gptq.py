@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...base.errors import ConfigError
+from ...models.block import Block, ObservePair
 from ...models.select import Layer
 from ...models.structure import Group
-from ...models.block import Block, ObservePair
 from ...numerics import compensate
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named

@@ -12,6 +12,7 @@ from ...models.block import Block
 from ...models.fold import Fold
 from ...models.select import Layer
 from ...models.structure import Group
+from ...numerics.quantize import scale_type
 
 TIED = "its maker's rows share a scale, and rescaling them would cost the maker"
 
@@ -69,4 +70,4 @@ def _refusal(block: Block, found: Fold) -> str:
 
 def scale_dtype(layer: Layer, weight: torch.Tensor) -> torch.dtype:
     """Return the type in which rounding will store the layer's scales (that of `methods.ptq`)."""
-    return weight.dtype if layer.scheme.weight.format.bits < 8 else torch.float32
+    return scale_type(layer.scheme.weight, weight.dtype)

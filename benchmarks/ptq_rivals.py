@@ -3,8 +3,9 @@
 Every tool compresses the same model with the same token ids, in a process and an environment of its own
 (`rivals/run_TOOL.py`), and one judge opens what it wrote (`rivals/quality.py`): KL to the original on held-out text,
 top-1, perplexity, accuracy. Within a seed the tools of a recipe run one after another, in an order that turns from seed
-to seed; bars compare means over seeds (quality) or medians of the ratios within seeds (time, memory). Our times include
-reading the model and writing the result, those of the other tools' calls do not.
+to seed; bars compare means over seeds (quality) or medians of the ratios within seeds (time, memory). Our call is a whole
+run, reading the model and writing the result included; the other tools' calls (`call_seconds`) are the call alone,
+`work_seconds` has their loading and saving, `seconds` the whole process.
 
     python benchmarks/ptq_rivals.py --setup .rivals                      # the environments, once (also: make rivals)
     python -m angelslim lab train bench-lm --out bench-lm                # the model, once (minutes on a GPU)
@@ -93,7 +94,7 @@ def told(row: dict[str, Any]) -> str:
         return f"FAILED: {row['error'][-300:]}"
     return (
         f"KL {row['kl']:.3e}  top-1 {row['top1']:.4f}  perplexity {row['perplexity']:.3f}  "
-        f"call {row['call_seconds']:.1f} s ({row['call_cpu_seconds']:.1f} CPU)  process {row['seconds']:.1f} s "
+        f"call {row['call_seconds']:.1f} s ({row['call_cpu_seconds']:.1f} CPU)  work {row['work_seconds']:.1f}  process {row['seconds']:.1f} s "
         f"({row['cpu_seconds']:.1f} CPU)  {row['peak_bytes'] / 2**20:.0f} MiB"
     )
 

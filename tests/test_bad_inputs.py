@@ -142,9 +142,10 @@ def method_that_is_not_built(folder, model):
     return [recipe(folder, "compression:\n  quantization:\n    name: int4_awq\n"), model]
 
 
-@case("understood, but not built yet", "KV cache", "kv_cache")
-def kv_cache(folder, model):
-    return ["fp8_dynamic", model, "compression.quantization.quant_method.kv_cache=per-tensor"]
+@case("key-value caches are static FP8 E4M3", "compressed_tensors")
+def kv_cache_that_no_engine_keeps(folder, model):
+    scheme = "{weight: {format: int8}, kv: {format: int8}}"
+    return [recipe(folder, f"compression:\n  quantization:\n    scheme: {scheme}\n"), model]
 
 
 @case("understood", "not built yet", "Token pruning")

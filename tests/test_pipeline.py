@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -94,6 +96,29 @@ def test_kill_9_at_two_points_gives_the_same_bytes(
     assert "Continuing the unfinished run" in done.stderr
     assert fingerprints(out) == fingerprints(whole)
     assert not out.with_name("out.partial").exists()
+
+
+def test_kill_9_at_ten_random_moments_gives_the_same_bytes(deep_folder, texts, whole, tmp_path):
+    """The work done by forked children, each killed at a moment it cannot foresee; the last one finishes."""
+    out, rng = tmp_path / "out", random.Random(7)
+    deaths = 0
+    for _ in range(10):
+        process = multiprocessing.get_context("fork").Process(target=_run_alone, args=(deep_folder, texts, out))
+        process.start()
+        time.sleep(rng.uniform(0.05, 0.6))
+        process.kill()
+        process.join()
+        deaths += process.exitcode == -signal.SIGKILL
+        assert not out.exists() or fingerprints(out) == fingerprints(whole)
+    assert deaths >= 2
+    pipeline.run(static_job(deep_folder, texts), out)
+    assert fingerprints(out) == fingerprints(whole)
+    assert not out.with_name("out.partial").exists()
+
+
+def _run_alone(folder: Path, texts: Path, out: Path) -> None:
+    torch.set_num_threads(1)  # a forked child has no pool of threads
+    pipeline.run(static_job(folder, texts), out)
 
 
 POINTS = {

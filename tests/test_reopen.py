@@ -24,6 +24,7 @@ RUNS = {
     "fp8 per tensor, dynamic": ("fp8_dynamic", "compression.quantization.quant_method.weight=per-tensor"),
     "int8_dynamic": ("int8_dynamic",),
     "int4_rtn": ("int4_rtn",),
+    "int8 weights alone": ("int8_dynamic", f"{SCHEME}=int8_weight_only"),
     "w4a8_fp8": ("w4a8_fp8",),
     "int4 groups of 32": ("int4_rtn", f"{GROUP}=32"),
     "int4 per channel": ("int4_rtn", f"{GROUP}=-1"),

@@ -9,6 +9,7 @@ import pytest
 from angelslim import serve
 from angelslim.base.errors import ConfigError, ModelError, ResourceError
 from angelslim.serve import launch, plan_launch
+from tiny import copy_model, edit_json
 
 
 @pytest.fixture
@@ -39,6 +40,16 @@ def test_gguf_goes_to_llama_cpp_as_file_or_folder(gguf):
     for path in (gguf, gguf / "model.gguf"):
         plan = plan_launch(path)
         assert plan.command[:3] == ("llama-server", "-m", str(gguf / "model.gguf"))
+
+
+def test_a_format_that_vllm_does_not_read_goes_to_sglang(tiny_folder, tmp_path, nothing_installed):
+    folder = copy_model(tiny_folder, tmp_path / "folder")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "w4afp8"})
+    plan = plan_launch(folder)
+    assert plan.engine == "sglang" and "w4afp8" in plan.because
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is damaged"):
+        plan_launch(folder)
 
 
 def test_the_request_is_valid_json(tiny_folder):

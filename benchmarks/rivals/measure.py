@@ -23,7 +23,7 @@ from rivals.environments import python_of
 from rivals.quality import Judge
 
 HERE = Path(__file__).resolve().parent
-LIMIT = 900  # seconds
+LIMIT = 1200  # seconds
 
 
 @dataclass(frozen=True)

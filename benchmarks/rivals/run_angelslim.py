@@ -30,6 +30,7 @@ def compress(task: Task, recipe: str) -> None:
 
     with safe_open(task.ids, framework="pt") as file:
         samples, tokens = file.get_slice("input_ids").get_shape()
+    task.ready()
     with task.clock():
         run(
             task.model,

@@ -18,6 +18,7 @@ def gptq(task: Task, *, follow_original: bool) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import GPTAQConfig
 
+    task.ready()
     config = QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False)
     if follow_original:
         config.gptaq = GPTAQConfig()

@@ -6,6 +6,7 @@ becomes the identity; and nothing else. AutoRound gets 50 iterations instead of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from runner import Task, main
@@ -13,13 +14,15 @@ from runner import Task, main
 ITERATIONS = 50
 
 
-def calibrated(task: Task, modifiers: Any) -> None:
+def calibrated(task: Task, recipe: Callable[[], Any]) -> None:
     """Run `oneshot` over the samples, one sample a batch in their own order, and save."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    modifiers = recipe()
+    task.ready()
     torch.Tensor.pin_memory = lambda self, *_, **__: self
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(task.model)
@@ -40,11 +43,13 @@ def calibrated(task: Task, modifiers: Any) -> None:
     tokenizer.save_pretrained(task.out)
 
 
-def without_data(task: Task, modifiers: Any) -> None:
+def without_data(task: Task, recipe: Callable[[], Any]) -> None:
     """Run `oneshot` with no samples and save."""
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    modifiers = recipe()
+    task.ready()
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto")
     with task.clock():
         oneshot(model=model, recipe=modifiers)
@@ -91,6 +96,7 @@ def model_free(task: Task) -> None:
     """Run the entry point that quantizes files without building the model."""
     from llmcompressor import model_free_ptq
 
+    task.ready()
     with task.clock():
         model_free_ptq(
             model_stub=task.model,
@@ -102,13 +108,13 @@ def model_free(task: Task) -> None:
 
 
 RECIPES = {
-    "rtn_w4": lambda task: without_data(task, rtn("W4A16")),
-    "gptq_w4": lambda task: calibrated(task, gptq("W4A16")),
-    "awq_w4": lambda task: calibrated(task, awq()),
-    "autoround_w4": lambda task: calibrated(task, autoround()),
-    "smooth_gptq_w8a8": lambda task: calibrated(task, smooth_gptq()),
-    "fp8_static": lambda task: calibrated(task, rtn("FP8")),
-    "fp8_dynamic": lambda task: without_data(task, rtn("FP8_DYNAMIC")),
+    "rtn_w4": lambda task: without_data(task, lambda: rtn("W4A16")),
+    "gptq_w4": lambda task: calibrated(task, lambda: gptq("W4A16")),
+    "awq_w4": lambda task: calibrated(task, awq),
+    "autoround_w4": lambda task: calibrated(task, autoround),
+    "smooth_gptq_w8a8": lambda task: calibrated(task, smooth_gptq),
+    "fp8_static": lambda task: calibrated(task, lambda: rtn("FP8")),
+    "fp8_dynamic": lambda task: without_data(task, lambda: rtn("FP8_DYNAMIC")),
     "fp8_dynamic_model_free": model_free,
 }
 

@@ -17,6 +17,7 @@ def fp8(task: Task, name: str) -> None:
 
     from angelslim.engine import Engine
 
+    task.ready()
     engine = Engine()
     engine.prepare_model(model_name="Qwen", model_path=task.model, device_map="cpu", torch_dtype="auto")
     dynamic = name == "fp8_dynamic"

@@ -6,8 +6,9 @@ and this file nothing but the standard library. It compresses one model with one
     python run_TOOL.py MODEL IDS RECIPE OUT RESULT
 
 MODEL is a folder, IDS a safetensors file with ``input_ids`` [samples, tokens], OUT the folder to write, and RESULT the
-JSON file that gets what only the process itself can know: the time and processor time of the tool's call, of what was
-imported before it, and the largest resident set (VmHWM, which unlike ru_maxrss does not count the parent's memory).
+JSON file that gets what only the process itself can know: the time and processor time of the tool's own call, of the
+work around it (loading, the call, saving; not the imports), and the largest resident set (VmHWM, which unlike ru_maxrss
+does not count the parent's memory).
 """
 
 from __future__ import annotations
@@ -33,12 +34,22 @@ class Task:
     ids: str
     out: str
     measured: dict[str, Any] = field(default_factory=dict)
+    began: tuple[float, float] = (0.0, 0.0)
+
+    def ready(self) -> None:
+        """Say that everything is imported: from here on the model is loaded, compressed and saved."""
+        self.measured["import_seconds"] = round(time.perf_counter() - START, 3)
+        self.measured["import_bytes"] = peak_resident()
+        self.began = (time.perf_counter(), time.process_time())
+
+    def done(self) -> None:
+        """Say that the result is on disk."""
+        self.measured["work_seconds"] = round(time.perf_counter() - self.began[0], 3)
+        self.measured["work_cpu_seconds"] = round(time.process_time() - self.began[1], 3)
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Time the tool's own call, and what came before it."""
-        self.measured["before_seconds"] = round(time.perf_counter() - START, 3)
-        self.measured["before_bytes"] = peak_resident()
+        """Time the tool's own call."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         self.measured["call_seconds"] = round(time.perf_counter() - wall, 3)
@@ -62,6 +73,7 @@ def main(recipes: Mapping[str, Callable[[Task], None]], packages: tuple[str, ...
     model, ids, recipe, out, result = sys.argv[1:]
     task = Task(model, ids, out)
     recipes[recipe](task)
+    task.done()
     versions: dict[str, str] = {}
     for package in packages:
         try:

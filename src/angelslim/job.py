@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .base import parallel
 from .base.console import chose, log
 from .base.errors import ConfigError, DataError, ModelError, ResourceError, SchemeError
 from .base.memory import return_large_blocks
@@ -96,7 +97,8 @@ class Job:
             str(self.source.folder.resolve()),
             __version__,
             torch.__version__,
-            str(self.device),
+            self.device.type,
+            parallel.world(),  # sums are rounded in another order
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -104,6 +106,7 @@ class Job:
 def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     """Make every choice of a run; refuse what cannot be done."""
     return_large_blocks()
+    parallel.start()
     config = resolved.config
     if not isinstance(config, Config):
         raise ConfigError(
@@ -120,6 +123,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     _report_unused(resolved, stage, method.reads)
     transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
+    _check_processes([(stage, method), *zip(transforms, steps, strict=True)])
     quantization = next(each.quantization for each in config.compression if each.quantization)
     _check_inputs(config)
     source = _open(reference, config)
@@ -200,6 +204,15 @@ def _open(reference: str | Path, config: Config) -> Source:
     return source
 
 
+def _check_processes(steps: Sequence[tuple[Stage, Blockwise]]) -> None:
+    """Refuse to share samples among processes for a method that would look only at its own."""
+    alone = [stage.method for stage, step in steps if not step.merges]
+    if alone and parallel.world() > 1:
+        raise ConfigError(
+            f"{alone[0]} works in one process; {parallel.world()} were started.", fix="Run it without torchrun."
+        )
+
+
 def _check_inputs(config: Config) -> None:
     """Refuse measurements that would fail only after hours of work."""
     settings = config.evaluation
@@ -267,7 +280,7 @@ def _device(wanted: str | None) -> torch.device:
         return device
     if torch.cuda.is_available():
         chose("device cuda", "a GPU is visible")
-        return torch.device("cuda")
+        return torch.device("cuda", parallel.local_rank()) if parallel.world() > 1 else torch.device("cuda")
     return torch.device("cpu")
 
 

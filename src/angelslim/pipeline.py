@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from .base import parallel
 from .base.console import chose, log
 from .base.errors import ModelError, ResourceError, UserError
 from .base.memory import peak_resident
@@ -72,9 +73,14 @@ def run(
         try:
             done = compress_units(job, workplace)
         except UserError:
-            if not resumed:  # what has to be mended makes it another run, which could not continue this one
+            if (
+                not resumed and parallel.first()
+            ):  # what has to be mended makes it another run, which could not continue this one
                 shutil.rmtree(workplace.root)
             raise
+        if not parallel.first():  # the first process writes, measures and reports
+            parallel.wait()
+            return RunRecord.load(out)
         _assemble(job, workplace)
         record = _record(job, done, workplace, command, fingerprint)
         _measure(job, workplace, record, before)
@@ -85,6 +91,7 @@ def run(
             shutil.rmtree(out)
         workplace.result.rename(out)
         shutil.rmtree(workplace.root)
+    parallel.wait()
     return record
 
 

@@ -69,7 +69,9 @@ def _quantize_cache(
     quant = cache_quant(checkpoint.settings)
     stored = [name.removesuffix(".k_scale") for name in checkpoint.stored if name.endswith(".k_scale")]
     for name in stored if quant is not None else []:
-        key, value = (read_tensor(checkpoint.stored[f"{name}.{role}_scale"]).to(device).float() for role in "kv")
+        key, value = (
+            read_tensor(checkpoint.stored[f"{name}.{role}_scale"]).to(device).float() for role in "kv"
+        )
         assert quant is not None
         watch([model.get_submodule(module_path(source, name))], _cache(quant, key, value))
 

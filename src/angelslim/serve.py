@@ -6,6 +6,7 @@ Every engine offers the OpenAI-compatible HTTP interface, so the same request wo
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from .base.errors import ConfigError, ModelError, ResourceError, did_you_mean
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
+SGLANG_ONLY = ("w4afp8",)  # values of `quant_method`
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def plan_launch(folder: Path, engine: str = "auto", port: int = 8000, extra: Seq
         raise ModelError(
             f"{folder} is no model folder and no .gguf file.", fix="Give the folder that `run` wrote."
         )
-    chosen, because = _choose(engine, bool(gguf))
+    chosen, because = _choose(engine, bool(gguf), "" if gguf else _quantized_by(folder))
     builders = {
         "vllm": ("vllm", "serve", str(folder), "--port", str(port)),
         "sglang": (
@@ -63,13 +65,24 @@ def plan_launch(folder: Path, engine: str = "auto", port: int = 8000, extra: Seq
     return Launch(chosen, (*builders[chosen], *extra), because, port, str(folder))
 
 
-def _choose(engine: str, gguf: bool) -> tuple[str, str]:
+def _quantized_by(folder: Path) -> str:
+    """Return the ``quant_method`` of a folder's config.json, empty for a plain model."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        return str((config.get("quantization_config") or {}).get("quant_method", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'config.json'} is damaged ({error}).", fix="Copy it again.") from error
+
+
+def _choose(engine: str, gguf: bool, method: str) -> tuple[str, str]:
     if engine == "auto":
         if gguf:
             return "llama.cpp", "the folder holds a GGUF file"
+        if method in SGLANG_ONLY:
+            return "sglang", f"vLLM does not read the format {method}"
         if not installed("vllm") and installed("sglang"):
             return "sglang", "it is installed and vLLM is not"
-        return "vllm", "it reads every checkpoint format written here"
+        return "vllm", "it reads the checkpoint formats written here"
     if engine not in ENGINES:
         raise ConfigError(f"Unknown engine {engine!r}.", fix=did_you_mean(engine, ENGINES))
     if gguf and engine != "llama.cpp":

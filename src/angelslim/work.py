@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .base import parallel
 from .base.console import bar
 from .base.errors import DataError, ModelError, UserError
 from .base.memory import trim
@@ -51,8 +52,9 @@ class Workplace:
 
     @property
     def activations(self) -> Path:
-        """Hidden states between blocks."""
-        return self.root / "activations"
+        """Hidden states between blocks, a folder for each process."""
+        shared = self.root / "activations"
+        return shared if parallel.world() == 1 else shared / f"process-{parallel.rank():03d}"
 
     @property
     def result(self) -> Path:
@@ -68,9 +70,10 @@ class Workplace:
                 f"{self.root} holds an unfinished run of another recipe or model.",
                 fix="Finish it with its own command, or delete that folder.",
             )
+        parallel.wait()
         for folder in (self.units, self.records, self.activations, self.result):
             folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
+        if not resumed and parallel.first():
             write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
         return resumed
 
@@ -108,13 +111,18 @@ def compress_units(job: Job, workplace: Workplace) -> Done:
             records = workplace.records / f"{unit.name}.json"
             if not (writer.has(unit.name) and records.exists()):
                 done = _unit(job, unit, groups, stream if unit.block is not None else None)
-                writer.write(unit.name, done.tensors)
-                done.write(records)
+                if parallel.first():
+                    writer.write(unit.name, done.tensors)
+                    done.write(records)
+                del done
                 if stream is not None and unit.block is not None:
                     stream.store.commit(unit.block + 1)
-                    write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
+                    parallel.wait()
+                    if parallel.first():
+                        write_atomically(workplace.root / "next_block", str(unit.block + 1).encode())
+                    parallel.wait()
                     stream.store.forget(unit.block)
-                del done
+            parallel.wait()
             trim()
             progress.advance()
     loaded = [Done.read(workplace.records / f"{unit.name}.json") for unit in job.units]
@@ -241,11 +249,19 @@ def _samples(job: Job) -> list[Sample]:
             max_length=data.max_seq_length,
             seed=seed,
         )
-    if max(int(sample["input_ids"].max()) for sample in samples) >= job.source.config.get_text_config().vocab_size:
+    if (
+        max(int(sample["input_ids"].max()) for sample in samples)
+        >= job.source.config.get_text_config().vocab_size
+    ):
         raise DataError(
             "The tokenizer yields ids beyond the model's vocabulary.", fix="Use the model's own tokenizer."
         )
-    return samples
+    if len(samples) < parallel.world():
+        raise DataError(
+            f"{len(samples)} samples cannot be shared among {parallel.world()} processes.",
+            fix="Use more samples or fewer processes.",
+        )
+    return parallel.share(samples)
 
 
 def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
@@ -255,12 +271,15 @@ def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: lis
     stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
     marker = workplace.root / "next_block"
     first = int(marker.read_text()) if marker.exists() else 0
-    if not store.complete(first, stream.entries):
+    whole = store.complete(first, stream.entries)
+    if parallel.total_count(int(whole)) < parallel.world():
         first = 0
+    parallel.wait()
     for unit in blocks:
         assert unit.block is not None
-        if unit.block >= first:  # what lies beyond the last committed generation is done again
+        if unit.block >= first and parallel.first():  # what lies beyond the last committed generation
             writer.path(unit.name).unlink(missing_ok=True)
+    parallel.wait()
     stream.prepare(first)
     return stream
 

@@ -10,7 +10,7 @@ from angelslim.numerics.scheme import PRESETS
 def ask(name, _section=None, **method):
     section = {"name": name, "quant_method": method, **(_section or {})}
     (*before, stage) = stages(load({"compression": {"name": "PTQ", "quantization": section}}).config)
-    assert not before
+    assert [each.method for each in before] == (["kv_cache"] if stage.scheme and stage.scheme.kv else [])
     return stage
 
 
@@ -108,10 +108,20 @@ def test_smoothing_comes_first():
     assert second.method == "rtn"
 
 
-def test_kv_cache_follows_the_number_kind():
+def test_caches_are_fp8_whatever_the_weights_are():
     assert str(ask("fp8_static", kv_cache="per-tensor").scheme.kv) == "fp8_e4m3 per-tensor"
-    assert str(ask("int8_dynamic", kv_cache="per-tensor").scheme.kv) == "int8 per-tensor"
+    assert str(ask("int8_dynamic", kv_cache="per-head").scheme.kv) == "fp8_e4m3 per-head"
+    assert str(ask("nvfp4", kv_cache="per-head").scheme.kv) == "fp8_e4m3 per-head"
     assert ask("fp8_static").scheme.kv is None
+    spelled = {"weight": {"format": "int8"}, "kv": {"format": "fp8_e4m3", "granularity": "per-head"}}
+    assert ask("fp8_static", {"scheme": spelled}).scheme.kv == ask("int8_dynamic", kv_cache="per-head").scheme.kv
+
+
+def test_a_quantized_cache_is_a_stage_of_its_own():
+    section = {"name": "fp8_static", "quant_method": {"kv_cache": "per-head"}}
+    first, second = stages(load({"compression": {"quantization": section}}).config)
+    assert (first.kind, first.method, first.options) == ("transform", "kv_cache", {"quant": second.scheme.kv})
+    assert second.method == "rtn"
 
 
 def test_explicit_schemes():

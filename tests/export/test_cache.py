@@ -19,7 +19,10 @@ def test_the_entry_is_read_back_as_it_was_written(granularity):
     quant = Quant(FP8, granularity)
     assert refuses_cache(quant) == ""
     assert cache_quant({"kv_cache_scheme": cache_arguments(quant)}) == quant
-    assert cache_quant({"kv_cache_scheme": QuantizationArgs(**cache_arguments(quant)).model_dump(mode="json")}) == quant
+    assert (
+        cache_quant({"kv_cache_scheme": QuantizationArgs(**cache_arguments(quant)).model_dump(mode="json")})
+        == quant
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,17 +30,15 @@ def published(folder: Path, exporter, scheme: Scheme, settings: dict, scales=tor
             tensors[name] = tensor
             continue
         stem = name.removesuffix(".weight")
-        quantized = quantize(tensor, scheme.weight)
+        scale = quantize(tensor, scheme.weight).scale
         if scales == torch.float8_e8m0fnu:  # powers of two to begin with
-            quantized = quantize(tensor, scheme.weight)
-            scale = torch.exp2(torch.ceil(torch.log2(quantized.scale)))
-        else:
-            scale = quantized.scale.to(scales)
+            scale = torch.exp2(torch.ceil(torch.log2(scale)))
+        scale = scale.to(scales)
         codes = (tensor / _spread(scale.float(), tensor.shape)).clamp(-448, 448).to(torch.float8_e4m3fn)
         decoded[name] = codes.float() * _spread(scale.float(), tensor.shape)
         tensors[name] = codes
         leaf = "weight_scale_inv" if exporter is fp8_block else "weight_scale"
-        tensors[f"{stem}.{leaf}"] = scale.to(scales) if exporter is fp8_block else scale.reshape(())
+        tensors[f"{stem}.{leaf}"] = scale if exporter is fp8_block else scale.reshape(())
         if exporter is fp8_tensor and settings["activation_scheme"] == "static":
             tensors[f"{stem}.input_scale"] = torch.tensor(0.01)
     save_file(tensors, folder / "model.safetensors")

@@ -32,7 +32,14 @@ def model_folder(tmp_path_factory):
 def run(model, out, recipe, *words):
     data = out.with_suffix(".jsonl")
     data.write_text(json.dumps({"text": TEXT}) + "\n")
-    job = job_for(model, recipe, "dataset.num_samples=1", "dataset.max_seq_length=12", f"dataset.data_path={data}", *words)
+    job = job_for(
+        model,
+        recipe,
+        "dataset.num_samples=1",
+        "dataset.max_seq_length=12",
+        f"dataset.data_path={data}",
+        *words,
+    )
     return pipeline.run(job, out)
 
 
@@ -60,7 +67,11 @@ def test_scales_are_those_of_the_keys_and_values_that_transformers_caches(grain,
     for index, layer in enumerate(cache.layers):
         for role, states in (("k", layer.keys), ("v", layer.values)):
             found = tensors[f"model.layers.{index}.self_attn.{role}_scale"]
-            amax = states.abs().amax(dim=(0, 2, 3)).reshape(2, 1, 1) if grain == "per-head" else states.abs().max().reshape(1)
+            amax = (
+                states.abs().amax(dim=(0, 2, 3)).reshape(2, 1, 1)
+                if grain == "per-head"
+                else states.abs().max().reshape(1)
+            )
             assert found.shape == amax.shape and found.dtype == torch.float32
             torch.testing.assert_close(found, amax / 448, rtol=1e-4, atol=0)
         query = tensors[f"model.layers.{index}.self_attn.q_scale"]
@@ -78,7 +89,11 @@ def test_the_config_says_what_engines_check(grain, strategy, compressed):
 
 def test_weights_are_those_of_a_run_without(compressed):
     plain, kept = (load_file(compressed / name / "model.safetensors") for name in ("none", "per-head"))
-    assert {name.rpartition(".")[2] for name in kept.keys() - plain.keys()} == {"q_scale", "k_scale", "v_scale"}
+    assert {name.rpartition(".")[2] for name in kept.keys() - plain.keys()} == {
+        "q_scale",
+        "k_scale",
+        "v_scale",
+    }
     assert all(torch.equal(value.float(), kept[name].float()) for name, value in plain.items())
 
 
@@ -93,7 +108,9 @@ def test_a_reopened_folder_attends_to_what_the_cache_returns(grain, compressed):
     class Rounding(DynamicCache):
         def update(self, keys, values, layer_idx, *args, **kwargs):
             scales = (tensors[f"model.layers.{layer_idx}.self_attn.{role}_scale"] for role in "kv")
-            rounded = (through_cache(x, scale, quant) for x, scale in zip((keys, values), scales, strict=True))
+            rounded = (
+                through_cache(x, scale, quant) for x, scale in zip((keys, values), scales, strict=True)
+            )
             return super().update(*rounded, layer_idx, *args, **kwargs)
 
     plain, ours = load(compressed / "none"), load(compressed / grain)
@@ -124,11 +141,16 @@ def test_the_formats_own_library_computes_the_same(grain, compressed):
     assert (found - expected).abs().mean() < 0.05 * (found - without).abs().mean()
 
 
-def test_names_are_the_checkpoints_own_and_static_inputs_stay(tmp_path):
-    save_random("llava", tmp_path / "model")
+@pytest.mark.parametrize("family", ["llava", "qwen3_moe"])
+def test_names_are_the_checkpoints_own_and_static_inputs_stay(family, tmp_path):
+    save_random(family, tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "out.jsonl").write_text('{"text": "!!!!!!!"}\n')
-    words = ("dataset.num_samples=1", "dataset.max_seq_length=8", f"dataset.data_path={tmp_path / 'out.jsonl'}")
+    words = (
+        "dataset.num_samples=1",
+        "dataset.max_seq_length=8",
+        f"dataset.data_path={tmp_path / 'out.jsonl'}",
+    )
     record = pipeline.run(job_for(tmp_path / "model", "fp8_static_kv", *words), tmp_path / "out")
     assert record.scheme.endswith("KV fp8_e4m3 per-tensor")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -143,7 +165,11 @@ def test_latent_attention_is_refused(tmp_path):
     save_random("deepseek_v3", tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "out.jsonl").write_text('{"text": "!!!!!!!"}\n')
-    words = ("dataset.num_samples=1", "dataset.max_seq_length=8", f"dataset.data_path={tmp_path / 'out.jsonl'}")
+    words = (
+        "dataset.num_samples=1",
+        "dataset.max_seq_length=8",
+        f"dataset.data_path={tmp_path / 'out.jsonl'}",
+    )
     job = job_for(tmp_path / "model", "fp8_dynamic", f"{CACHE}=per-tensor", *words)
     with pytest.raises(ModelError, match=r"latent attention.*Remove kv_cache"):
         pipeline.run(job, tmp_path / "out")

@@ -68,7 +68,10 @@ def block_error(block: Block, scales: dict[str, float], original: list[torch.Ten
             handle = block.source.model.get_submodule(name).register_forward_pre_hook(rounding(scale))
             stack.callback(handle.remove)
         outputs = [block.forward([sample]) for sample in range(block.samples)]
-    return sum((out.double() - ref.double()).square().sum().item() for out, ref in zip(outputs, original, strict=True))
+    return sum(
+        (out.double() - ref.double()).square().sum().item()
+        for out, ref in zip(outputs, original, strict=True)
+    )
 
 
 def note_largest(largest: dict[str, float], name: str, values: torch.Tensor) -> None:
@@ -100,7 +103,12 @@ def walked():
                 chosen = {result.layer.name: result.input_scale.item() for result in block.results}
                 errors = [block_error(block, scales, original) for scales in (plain, chosen)]
                 block.advance()
-            found[mode, index] = plain, chosen, errors, {each.layer.name: each.record for each in block.results}
+            found[mode, index] = (
+                plain,
+                chosen,
+                errors,
+                {each.layer.name: each.record for each in block.results},
+            )
     return found
 
 
@@ -128,7 +136,9 @@ def test_scales_come_from_each_operators_own_input(walked):
             if records[name].choice.startswith("alpha 0,"):
                 assert scale == pytest.approx(plain[name])
         for members in (("q", "k", "v"), ("gate", "up")):
-            kin = {scale for name, scale in chosen.items() if name.endswith(tuple(f".{x}_proj" for x in members))}
+            kin = {
+                scale for name, scale in chosen.items() if name.endswith(tuple(f".{x}_proj" for x in members))
+            }
             assert len(kin) == 1
 
 
@@ -144,7 +154,9 @@ def test_the_checkpoint_is_that_of_fp8_static_but_for_the_input_scales(tiny_fold
         tensors[recipe] = load_file(tmp_path / recipe / "model.safetensors")
     plain = tensors["fp8_static"]
     for recipe in ("fp8_lepto", "fp8_lepto_extended"):
-        assert (tmp_path / recipe / "config.json").read_text() == (tmp_path / "fp8_static/config.json").read_text()
+        assert (tmp_path / recipe / "config.json").read_text() == (
+            tmp_path / "fp8_static/config.json"
+        ).read_text()
         assert tensors[recipe].keys() == plain.keys()
         for name, value in tensors[recipe].items():
             assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
@@ -154,15 +166,23 @@ def test_the_checkpoint_is_that_of_fp8_static_but_for_the_input_scales(tiny_fold
 
 def test_a_run_can_be_repeated(tiny_folder, texts, tmp_path):
     for name in "ab":
-        pipeline.run(job_for(tiny_folder, "fp8_lepto_extended", *SHORT, f"dataset.data_path={texts}"), tmp_path / name)
+        pipeline.run(
+            job_for(tiny_folder, "fp8_lepto_extended", *SHORT, f"dataset.data_path={texts}"), tmp_path / name
+        )
     assert fingerprints(tmp_path / "a") == fingerprints(tmp_path / "b")
 
 
 def test_streamed_experts_are_searched_one_by_one(tmp_path):
     save_random("qwen3_moe", tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.jsonl").write_text('{"text": "!!#$%&!!!\'(!!!"}\n' * 2)  # ids below the vocabulary of 96
-    words = ("dataset.num_samples=2", "dataset.max_seq_length=16", f"dataset.data_path={tmp_path / 'texts.jsonl'}")
+    (tmp_path / "texts.jsonl").write_text(
+        '{"text": "!!#$%&!!!\'(!!!"}\n' * 2
+    )  # ids below the vocabulary of 96
+    words = (
+        "dataset.num_samples=2",
+        "dataset.max_seq_length=16",
+        f"dataset.data_path={tmp_path / 'texts.jsonl'}",
+    )
     record = pipeline.run(job_for(tmp_path / "model", "fp8_lepto_extended", *words), tmp_path / "out")
     experts = {layer.name: layer for layer in record.layers if ".experts." in layer.name}
     assert len(experts) == 24 and all(layer.choice and layer.input_scale for layer in experts.values())

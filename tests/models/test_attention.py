@@ -37,7 +37,10 @@ def test_what_is_seen_is_what_the_cache_holds(implementation):
     model = qwen3()
     model.set_attn_implementation(implementation)
     seen = {}
-    with watched(model, lambda module, _query, key, value: seen.update({module.layer_idx: (key, value)})), torch.no_grad():
+    with (
+        watched(model, lambda module, _query, key, value: seen.update({module.layer_idx: (key, value)})),
+        torch.no_grad(),
+    ):
         cache = model(input_ids=IDS, use_cache=True).past_key_values
     assert model.config._attn_implementation == implementation
     for index, (key, value) in seen.items():
@@ -60,7 +63,9 @@ def test_attention_reads_what_the_watcher_returns_until_it_ends():
         silenced = logits(model)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
-    assert torch.allclose(silenced, logits(model), atol=1e-6) and not torch.allclose(silenced, before, atol=1e-3)
+    assert torch.allclose(silenced, logits(model), atol=1e-6) and not torch.allclose(
+        silenced, before, atol=1e-3
+    )
 
 
 def test_a_watch_can_stay_and_be_watched_no_second_time():
@@ -76,7 +81,8 @@ def test_a_watch_can_stay_and_be_watched_no_second_time():
 
 
 @pytest.mark.parametrize(
-    ("family", "path"), [("qwen3", "model.layers.1.self_attn"), ("llava", "model.language_model.layers.1.self_attn")]
+    ("family", "path"),
+    [("qwen3", "model.layers.1.self_attn"), ("llava", "model.language_model.layers.1.self_attn")],
 )
 def test_names_of_the_checkpoint_and_paths_of_modules_lead_to_each_other(family, path, tmp_path):
     save_random(family, tmp_path / "model")

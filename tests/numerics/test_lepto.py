@@ -24,7 +24,10 @@ GRID = FORMATS["fp8_e4m3"]
 def heavy_tailed(rows: int = 700, columns: int = 24, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Laplace values with a few channels, and a few single values, far out."""
     generator = torch.Generator().manual_seed(5)
-    values = -torch.rand(rows, columns, generator=generator).log() * torch.randn(rows, columns, generator=generator).sign()
+    values = (
+        -torch.rand(rows, columns, generator=generator).log()
+        * torch.randn(rows, columns, generator=generator).sign()
+    )
     values[:, 3] *= 40
     values[torch.randint(rows, (12,), generator=generator), 7] *= 300
     return values.to(dtype)

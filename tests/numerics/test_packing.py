@@ -6,7 +6,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from angelslim.numerics.packing import pack_fp4, pack_int4, unpack_fp4, unpack_int4
+from angelslim.numerics.packing import pack_fp4, pack_int4, pack_ints, unpack_fp4, unpack_int4, unpack_ints
 
 
 def codes(rows: int, columns: int) -> torch.Tensor:
@@ -54,3 +54,11 @@ def test_fp4_packing_equals_compressed_tensors():
     assert torch.equal(codes.float(), unpack_fp4_from_uint8(bytes_, 7, 64, torch.float32))
     assert torch.equal(pack_fp4(codes), pack_fp4_to_uint8(codes.float()))
     assert torch.equal(pack_fp4(codes), bytes_)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_eight_bits_pack_as_compressed_tensors_packs_them(dim):
+    codes = torch.randint(-128, 128, (9, 21), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    packed = pack_ints(codes, 8, dim)
+    assert torch.equal(packed, pack_to_int32(codes, 8, dim))
+    assert torch.equal(unpack_ints(packed, 8, codes.shape[dim], dim), codes)

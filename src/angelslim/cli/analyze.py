@@ -34,7 +34,9 @@ def register(app: typer.Typer) -> None:
 
 
 def analyze(
-    first: Annotated[str, typer.Argument(help="A compressed folder; or the original model.", metavar="MODEL")],
+    first: Annotated[
+        str, typer.Argument(help="A compressed folder; or the original model.", metavar="MODEL")
+    ],
     second: Annotated[
         str | None, typer.Argument(help="The compressed copy of the original.", metavar="[COMPRESSED]")
     ] = None,

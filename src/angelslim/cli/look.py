@@ -80,12 +80,12 @@ def ls() -> None:
     """List the recipes, methods, checkpoint formats, built-in models and tasks."""
     from ..config.recipe import recipes
     from ..data.builtin import TASKS
-    from ..export.base import FORMATS
+    from ..export.base import FILES, FORMATS
     from ..methods.base import PTQ
     from ..models.builtin import BUILTIN
 
     console.out.print(console.table("Recipes", ["name", "what for"], list(recipes().items())))
-    for title, registry in (("Methods", PTQ), ("Formats", FORMATS)):
+    for title, registry in (("Methods", PTQ), ("Formats", FORMATS), ("Files, made by export", FILES)):
         rows = [(name, registry.summary(name)) for name in registry]
         console.out.print(console.table(title, ["name", "summary"], rows))
     console.out.print(f"Built-in models: {', '.join(BUILTIN)}   Tasks: {', '.join(TASKS)}")

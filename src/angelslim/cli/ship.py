@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "export",
         rich_help_panel=GROUP,
-        epilog="[bold]Example[/bold]\n\n  angelslim export tiny-fp8-block --format compressed_tensors --out tiny-ct",
+        epilog="[bold]Example[/bold]\n\n  angelslim export tiny-int4 --format gptq --out tiny-gptq\n\n  angelslim export tiny-q4 --format gguf --out tiny-q4.gguf",
     )(export)
     app.command(
         "serve", rich_help_panel=GROUP, epilog="[bold]Example[/bold]\n\n  angelslim serve tiny-fp8 --dry-run"
@@ -96,11 +96,11 @@ def _words(text: str) -> list[str]:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A compressed model folder.")],
+    folder: Annotated[Path, typer.Argument(help="A compressed model folder; for --check also a .gguf file.")],
     format_: Annotated[
         str | None, typer.Option("--format", help="Format to write (see `angelslim ls`).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder or file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only decode every layer and report.")] = False,
 ) -> None:
     """Rewrite a compressed model in another checkpoint format, bit for bit, or check it."""

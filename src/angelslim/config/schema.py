@@ -98,7 +98,8 @@ class SpinConfig(Section):
 
     rotation: Words = Field(default_factory=lambda: ["R1", "R2"])
     rotation_mode: Literal["Hadamard", "Orthogonal", "Random", "Identity"] = "Hadamard"
-    had_dim: Int = -1  # -1: the whole dimension
+    had_dim: Int = -1  # channels of the residual stream that R1 mixes; -1: all of them
+    seed: Int = 0  # ours: of random rotations
     ignore_layers: Words = Field(default_factory=list)
 
 

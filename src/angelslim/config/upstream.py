@@ -194,7 +194,7 @@ def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
         if helper != "smooth":
             yield Stage("transform", helper, None, {}, ignored_layers(section))
     if scheme is not None and scheme.kv is not None:
-        yield Stage("transform", "kv_cache", scheme, {"quant": scheme.kv}, ignored_layers(section))
+        yield Stage("transform", "kv_cache", None, {"quant": scheme.kv}, ignored_layers(section))
     options = {**dict(method.options), **switches(section)}
     if scheme is None:
         options |= section.quant_method.given()
@@ -245,6 +245,7 @@ def _transforms(section: Transform) -> Iterator[Stage]:
     options: dict[str, object] = {"output_log": section.output_log}
     if spin is not None:
         options |= {"rotation": spin.rotation, "rotation_mode": spin.rotation_mode, "had_dim": spin.had_dim}
+        options |= {"seed": spin.seed, "ignore_layers": spin.ignore_layers}
     ignore = tuple(spin.ignore_layers) if spin else ()
     yield Stage("transform", "spin" if name in ("spin", "spinquant") else name, None, options, ignore)
 
@@ -292,6 +293,13 @@ def remarks(config: AnyConfig) -> list[str]:
         for strategy in config.compressor.strategies.by_place().values():
             notes += _unknown("pruning strategy", strategy.strategy, KNOWN_STRATEGIES, closed=False)
     if isinstance(config, Config):
+        spin = config.transform.spin_config if config.transform else None
+        online = [name for name in spin.rotation if name.upper() in ("R3", "R4")] if spin else []
+        if online:
+            notes.append(
+                f"The rotation {' and '.join(online)} is left out: it cannot be fused into the weights, and engines that "
+                "load an ordinary checkpoint do not compute it."
+            )
         for stage in config.compression:
             notes += _stage_remarks(stage)
     return notes

@@ -4,9 +4,9 @@
 variant              tensors of a linear                                         schemes
 ==================== =========================================================== ===================
 float-quantized      weight F8_E4M3, weight_scale, input_scale if static          FP8
-int-quantized        weight I8, weight_scale, weight_zero_point if asymmetric     INT8
-pack-quantized       weight_packed I32, weight_scale, weight_shape,               INT4
-                     weight_zero_point (packed along out) if asymmetric
+int-quantized        weight I8, weight_scale, weight_zero_point if asymmetric     INT8 with inputs
+pack-quantized       weight_packed I32, weight_scale, weight_shape,               INT4; INT8 weights
+                     weight_zero_point (packed along out) if asymmetric           alone
 nvfp4-pack-quantized weight_packed U8, weight_scale F8_E4M3, weight_global_scale, NVFP4
                      input_global_scale if inputs are quantized (both F32 [1])
 mxfp4-pack-quantized weight_packed U8, weight_scale U8 (exponents)                MXFP4
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics.packing import pack_fp4, pack_int4, unpack_fp4, unpack_int4
+from ..numerics.packing import pack_fp4, pack_ints, unpack_fp4, unpack_ints
 from ..numerics.quantize import Quantized, tile_of
 from ..numerics.scales import e4m3_numbers, e8m0_bytes, from_e4m3, from_e8m0
 from ..numerics.scheme import (
@@ -65,9 +65,19 @@ SCALE_TYPES = {  # where the config has to say it
 }
 
 
-def variant(quant: Quant) -> str:
-    """Return the variant that holds such weights, or an empty string."""
-    return VARIANTS.get((quant.format.name, quant.scale), "")
+def variant(scheme: Scheme) -> str:
+    """Return the variant that holds such layers, or an empty string.
+
+    Engines expect inputs to be quantized wherever INT8 weights are not packed.
+    """
+    weight = scheme.weight
+    if (
+        weight.format.name == "int8"
+        and scheme.input is None
+        and weight.granularity.kind in ("group", "channel")
+    ):
+        return "pack-quantized"
+    return VARIANTS.get((weight.format.name, weight.scale), "")
 
 
 class CompressedTensors:
@@ -82,7 +92,7 @@ class CompressedTensors:
 
     def refuses(self, scheme: Scheme) -> str:
         """FP8 must be symmetric, packed weights per group or channel, static activations per tensor."""
-        if not variant(scheme.weight):
+        if not variant(scheme):
             return f"it has no variant for {scheme.weight.format.name} with {scheme.weight.scale} scales"
         if scheme.input and scheme.input.format.bits == 4 and scheme.input.scale == "free":
             return f"it has no {scheme.input.format.name} inputs with free scales"
@@ -92,6 +102,8 @@ class CompressedTensors:
             return "packed weights are per group or per channel"
         if scheme.input and not scheme.input.dynamic and scheme.input.granularity != PER_TENSOR:
             return "static activation scales are per tensor"
+        if scheme.input and not scheme.input.dynamic and scheme.weight.format.bits == 4:
+            return "no engine reads 4-bit weights with static activations from it; dynamic ones are read"
         return refuses_cache(scheme.kv)
 
     def refuses_together(self, schemes: Mapping[str, Scheme]) -> str:
@@ -108,7 +120,7 @@ class CompressedTensors:
 
     def describe(self, scheme: Scheme) -> str:
         """Name the variant."""
-        return f"compressed-tensors ({variant(scheme.weight)})"
+        return f"compressed-tensors ({variant(scheme)})"
 
     def tensors(
         self, name: str, weight: Quantized, scheme: Scheme, input_scale: Tensor | None
@@ -119,11 +131,12 @@ class CompressedTensors:
             found[f"{name}.weight_global_scale"] = weight.global_scale.reshape(1).float()
         if scheme.weight.format.name == "fp4_e2m1":
             found[f"{name}.weight_packed"] = pack_fp4(weight.codes)
-        elif scheme.weight.format.name == "int4":
-            found[f"{name}.weight_packed"] = pack_int4(weight.codes)
+        elif variant(scheme) == "pack-quantized":
+            bits = weight.quant.format.bits
+            found[f"{name}.weight_packed"] = pack_ints(weight.codes, bits)
             found[f"{name}.weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
             if weight.zero is not None:
-                found[f"{name}.weight_zero_point"] = pack_int4(weight.zero, dim=0)
+                found[f"{name}.weight_zero_point"] = pack_ints(weight.zero, bits, dim=0)
         else:
             found[f"{name}.weight"] = weight.codes
             if weight.zero is not None:
@@ -147,9 +160,9 @@ class CompressedTensors:
                 targets=["Linear"] if scheme == commonest else _targets(names, [*schemes, *ignore]),
                 weights=_arguments(scheme.weight),
                 input_activations=_arguments(scheme.input) if scheme.input else None,
-                format=variant(scheme.weight),
+                format=variant(scheme),
             )
-        variants = {variant(scheme.weight) for scheme in by_scheme}
+        variants = {variant(scheme) for scheme in by_scheme}
         config = QuantizationConfig(
             config_groups=groups,
             format=variants.pop() if len(variants) == 1 else "mixed-precision",
@@ -195,8 +208,9 @@ class CompressedTensors:
             codes = unpack_fp4(tensors[f"{name}.weight_packed"])
         elif f"{name}.weight_packed" in tensors:
             rows, columns = (int(size) for size in tensors[f"{name}.weight_shape"])
-            codes = unpack_int4(tensors[f"{name}.weight_packed"], columns)
-            zero = unpack_int4(zero, rows, dim=0) if zero is not None else None
+            bits = scheme.weight.format.bits
+            codes = unpack_ints(tensors[f"{name}.weight_packed"], bits, columns)
+            zero = unpack_ints(zero, bits, rows, dim=0) if zero is not None else None
         else:
             codes = tensors[f"{name}.weight"]
         shape = (codes.shape[0], codes.shape[1])

@@ -40,6 +40,8 @@ class Blockwise(Protocol):
         bool  # calls `block.compare`, so the original model's activations are kept beside its own
     )
 
+    merges: bool  # its statistics are merged over the processes that torchrun started
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Take the method's options from the recipe; wrong values are a `ConfigError`."""
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..base import parallel
 from .block import Observe, ObservePair
 from .loading import Source
 from .structure import Group
@@ -197,11 +198,14 @@ class ExpertRunner:
         self.module: Expert = experts.load(expert)
         own = {entry: routing.of(expert) for entry, routing in experts.asked.items()}
         self.own = {entry: found for entry, found in own.items() if len(found[0])}
-        total = sum(len(r.hidden) for entry, r in experts.asked.items() if entry < experts.originals)
-        tokens = sum(len(found[0]) for entry, found in self.own.items() if entry < experts.originals)
-        self.extra = self._others(min(ENOUGH, total) - tokens)
-        note = f"too few tokens of its own; its statistics also use {len(self.extra)} of others"
-        self.use = ExpertUse(experts.path, expert, tokens, total, note if len(self.extra) else "")
+        here = sum(len(r.hidden) for entry, r in experts.asked.items() if entry < experts.originals)
+        mine = sum(len(found[0]) for entry, found in self.own.items() if entry < experts.originals)
+        total, tokens = parallel.total_count(here), parallel.total_count(mine)
+        missing = max(0, min(ENOUGH, total) - tokens)  # each process adds its share of the others' tokens
+        self.extra = self._others(-(-missing * (here - mine) // max(1, total - tokens)))
+        added = parallel.total_count(len(self.extra))
+        note = f"too few tokens of its own; its statistics also use {added} of others"
+        self.use = ExpertUse(experts.path, expert, tokens, total, note if added else "")
         for entry in [entry for entry in self.own if entry >= experts.originals]:
             self._answer([entry])  # the original's answers, before a method touches the weights
 
@@ -212,8 +216,8 @@ class ExpertRunner:
 
     @property
     def samples(self) -> int:
-        """Pieces of up to `CHUNK` tokens."""
-        return len(self._pieces)
+        """Pieces of up to `CHUNK` tokens; at least one while any process has some."""
+        return max(len(self._pieces), int(self.use.of > 0))
 
     @cached_property
     def _pieces(self) -> list[Tensor]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 
 LAZY = 128  # columns whose effect on the rest is applied as one matrix product
@@ -52,6 +53,14 @@ class Hessian:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._squares)
             self._drift.addmm_((originals.float() - inputs).T, inputs)
+
+    def merge(self) -> None:
+        """Add what the other processes of the run have seen."""
+        drifts = parallel.total_count(int(self._drift is not None))
+        self.tokens = parallel.total_count(self.tokens)
+        self._squares = parallel.total(self._squares)
+        if drifts:
+            self._drift = parallel.total(torch.zeros_like(self._squares) if self._drift is None else self._drift)
 
     @property
     def matrix(self) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..base.errors import ConfigError
 
 RADIX = 32
+LARGEST_CORE = 512  # a larger one would make the product slow
 Kind = Literal["hadamard", "random_hadamard", "orthogonal"]
 
 
@@ -66,9 +67,9 @@ class Rotation:
 def rotation(size: int, kind: Kind, seed: int = 0) -> Rotation:
     """Return a rotation of `size` channels; equal arguments give equal rotations.
 
-    `hadamard` is the plain matrix, which sends a constant vector to a single channel; `random_hadamard` flips channels
-    at random first, so that no vector of a model is singled out (arXiv 2404.00456); `orthogonal` is drawn uniformly
-    from all rotations, has no fast product, and is here to compare with.
+    `hadamard` is the plain matrix; a vector that is alike in all channels ends up in one. `random_hadamard` flips
+    channels at random first, so that no vector of a model is singled out (arXiv 2404.00456). `orthogonal` is drawn
+    uniformly from all rotations, has no fast product, and is here to compare with.
     """
     if size < 1:
         raise ConfigError(f"A rotation of {size} channels does not exist.", fix="Use a positive size.")
@@ -122,7 +123,7 @@ def _core(size: int) -> int:
     """Return the smallest order that, doubled often enough, is `size` and has a Hadamard matrix; else the odd part."""
     odd = size // (size & -size)
     order = odd
-    while order <= size:
+    while order <= min(size, LARGEST_CORE):
         if order == 1 or _paley_prime(order):
             return order
         order *= 2

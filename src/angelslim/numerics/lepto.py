@@ -55,7 +55,7 @@ class MagnitudeCounts:
 
     def update(self, values: Tensor) -> None:
         """Take in inputs ``[tokens, in]``."""
-        for rows in values.split(max(1, CHUNK // values.shape[1])):
+        for rows in torch.split(values, max(1, CHUNK // values.shape[1])):
             # A value above bfloat16's largest number would round to infinity; it belongs to the last bin.
             pattern = rows.abs().to(torch.bfloat16).view(torch.int16).clamp(max=PATTERNS - 1).flatten()
             weights = self.channel_weights.expand(rows.shape).flatten()
@@ -93,7 +93,9 @@ def denominator(counts: MagnitudeCounts, amax: float, alpha: float, grid: Format
     return float(round_to(scaled, grid).float())
 
 
-def candidates(counts: MagnitudeCounts, amax: float, grid: Format, *, extended: bool = False) -> list[Candidate]:
+def candidates(
+    counts: MagnitudeCounts, amax: float, grid: Format, *, extended: bool = False
+) -> list[Candidate]:
     """Return the scales to choose from, the ordinary one first; shares that give the same D are tried once."""
     top = torch.tensor([[amax]])
     found = {grid.high: "alpha 0"}

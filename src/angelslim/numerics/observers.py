@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from ..base.errors import ConfigError, did_you_mean
 from .quantize import round_to
 from .scheme import Format
@@ -29,6 +30,9 @@ class Observer(Protocol):
 
     def update(self, values: Tensor) -> None:
         """Take in a tensor of any shape."""
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen."""
 
     def amax(self) -> float:
         """Return the chosen range; 0 when nothing was seen."""
@@ -44,6 +48,10 @@ class AbsMax:
         """Take in a tensor of any shape."""
         low, high = torch.aminmax(values)
         self._amax = max(self._amax, -low.item(), high.item())
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen."""
+        self._amax = parallel.highest(torch.tensor(self._amax, dtype=torch.float64)).item()
 
     def amax(self) -> float:
         """Return the largest magnitude."""
@@ -75,6 +83,13 @@ class MagnitudeHistogram:
             merged = self.counts.view(-1, 2).sum(1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.width *= 2
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen; exact, as counts are whole numbers."""
+        width = parallel.highest(torch.tensor(self.width, dtype=torch.float64)).item()
+        if width > 0:
+            self._grow(width)
+        self.counts = parallel.total(self.counts)
 
     def quantile(self, share: float) -> float:
         """Return the smallest bin edge below which at least `share` of all values lie."""

@@ -1,9 +1,9 @@
-"""Four-bit codes in words and bytes, in the layouts of compressed-tensors checkpoints.
+"""Small codes in words and bytes, in the layouts of compressed-tensors checkpoints.
 
-INT4 (``pack-quantized``): eight codes share one int32, the first in the lowest four bits, each stored with an
-offset of 8 so that ``-8..7`` becomes ``0..15``. Weights are packed along the input dimension,
+Integers (``pack-quantized``): eight codes of four bits, or four of eight, share one int32, the first in the lowest
+bits, each stored with an offset so that ``-8..7`` becomes ``0..15``. Weights are packed along the input dimension,
 ``[out, in] -> [out, in / 8]``; zero points along the output dimension, ``[out, groups] -> [out / 8, groups]``.
-Lengths that are not a multiple of 8 are padded with zero nibbles.
+Lengths that do not fill a word are padded with zero bits.
 
 FP4 (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): two codes share one byte, the first in the lower half,
 ``[out, in] -> [out, in / 2]``. The upper bit is the sign, the other three count up the magnitudes
@@ -16,32 +16,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PER_WORD = 8
-OFFSET = 8
+WORD = 32  # bits
 FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4 = torch.tensor([*FP4_MAGNITUDES, *(-value for value in FP4_MAGNITUDES)]).to(torch.float8_e4m3fn)
 _NIBBLE_OF = torch.zeros(256, dtype=torch.uint8)  # bit pattern of an E4M3 number -> its FP4 code
 _NIBBLE_OF[_FP4.view(torch.uint8).long()] = torch.arange(16, dtype=torch.uint8)
 
 
+def pack_ints(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
+    """Pack signed codes of 4 or 8 bits, int8 ``[rows, columns]``, into int32 words along `dim` (0 or 1)."""
+    if dim == 0:
+        return pack_ints(codes.T.contiguous(), bits).T.contiguous()
+    count = WORD // bits
+    fields = codes.to(torch.int32) + 2 ** (bits - 1)
+    fields = F.pad(fields, (0, -codes.shape[1] % count)).view(codes.shape[0], -1, count)
+    words = torch.zeros(fields.shape[:2], dtype=torch.int32, device=codes.device)
+    for position in range(count):
+        words |= fields[..., position] << (bits * position)
+    return words
+
+
+def unpack_ints(words: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
+    """Undo `pack_ints`; `length` is the unpacked size along `dim`."""
+    if dim == 0:
+        return unpack_ints(words.T.contiguous(), bits, length).T.contiguous()
+    mask = 2**bits - 1
+    fields = torch.stack([(words >> (bits * position)) & mask for position in range(WORD // bits)], dim=-1)
+    return (fields.flatten(1)[:, :length] - 2 ** (bits - 1)).to(torch.int8)
+
+
 def pack_int4(codes: Tensor, dim: int = 1) -> Tensor:
     """Pack int8 codes in -8..7, ``[rows, columns]``, into int32 words along `dim` (0 or 1)."""
-    if dim == 0:
-        return pack_int4(codes.T.contiguous()).T.contiguous()
-    nibbles = codes.to(torch.int32) + OFFSET
-    nibbles = F.pad(nibbles, (0, -codes.shape[1] % PER_WORD)).view(codes.shape[0], -1, PER_WORD)
-    words = torch.zeros(nibbles.shape[:2], dtype=torch.int32, device=codes.device)
-    for position in range(PER_WORD):
-        words |= nibbles[..., position] << (4 * position)
-    return words
+    return pack_ints(codes, 4, dim)
 
 
 def unpack_int4(words: Tensor, length: int, dim: int = 1) -> Tensor:
     """Undo `pack_int4`; `length` is the unpacked size along `dim`."""
-    if dim == 0:
-        return unpack_int4(words.T.contiguous(), length).T.contiguous()
-    nibbles = torch.stack([(words >> (4 * position)) & 0xF for position in range(PER_WORD)], dim=-1)
-    return (nibbles.flatten(1)[:, :length] - OFFSET).to(torch.int8)
+    return unpack_ints(words, 4, length, dim)
 
 
 def pack_fp4(codes: Tensor) -> Tensor:

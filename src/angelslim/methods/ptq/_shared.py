@@ -52,6 +52,10 @@ class InputStatistics:
             runs = values.flatten()[: values.numel() // GROUP * GROUP].view(-1, GROUP)[::step]
             self.values = torch.cat([self.values, runs.flatten()[: room // GROUP * GROUP].float().cpu()])
 
+    def merge(self) -> None:
+        """Take in the range that the other processes of the run have seen."""
+        self.observer.merge()
+
     def scale(self, quant: Quant) -> Tensor:
         """Return the static scale ``[1, 1]`` in float32; of NVFP4 inputs it is the global one."""
         if quant.scale == "e4m3":

@@ -43,6 +43,8 @@ class GPTQ:
 
     reads = frozenset({"actorder", "damp", "gptaq", "alpha", "observer", "percentile"})
 
+    merges = True
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.act_order = bool(_given(options, "actorder", True))
         self.damp = _share(options, "damp", compensate.DAMP)
@@ -90,6 +92,10 @@ class GPTQ:
             block.compare(watched)
         else:
             block.collect({head: _alone(function) for head, function in watched.items()})
+        for head in hessians:
+            hessians[head].merge()
+        for head in ranges:
+            ranges[head].merge()
         return hessians, ranges
 
     def _quantize_group(

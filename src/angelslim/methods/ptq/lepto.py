@@ -37,6 +37,7 @@ from ...numerics.quantize import fake_quantize
 from ...numerics.scheme import PER_TENSOR, Quant, Scheme
 from ._shared import InputStatistics, by_group, round_weight, shared_scale
 
+MARGIN = 0.0
 FINALISTS = 2  # candidates of an operator that run through the block
 FEW = 8  # samples that are always searched; more only as far as the price allows
 
@@ -65,6 +66,7 @@ class LeptoQuant:
 
     reads = frozenset({"lepto_extended"})
     follows_original = False
+    merges = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.extended = bool(options.get("lepto_extended", False))
@@ -104,7 +106,7 @@ class LeptoQuant:
 
     def _operators(self, block: Block, members: list[list[Layer]]) -> dict[str, Operator]:
         """Return the operator of each layer (name -> operator); overrides may leave layers without static inputs."""
-        found = {}
+        found: dict[str, Operator] = {}
         for layers in members:
             static = [layer for layer in layers if layer.scheme.needs_data]
             if not static or static[0].scheme.input is None:  # needs_data says that there is one
@@ -143,7 +145,7 @@ class LeptoQuant:
         for candidate in operator.finalists:
             operator.scale = candidate.scale.to(block.device)
             found = _error(block, samples, original)
-            if found < error:
+            if found < error * (1 - MARGIN):
                 error, kept, operator.choice = found, operator.scale, candidate.name
         operator.scale = kept
         operator.gain = error / start if start > 0 else 1.0

@@ -34,6 +34,7 @@ class RoundToNearest:
 
     reads = frozenset({"observer", "percentile", "mse_range"})
     follows_original = False
+    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.clips = bool(options.get("mse_range", False))
@@ -72,6 +73,10 @@ class RoundToNearest:
             if self.clips and head not in hessians:
                 hessians[head] = Hessian(layer.shape[1], block.device)
         block.advance({head: _watching(head, ranges, hessians) for head in {**ranges, **hessians}})
+        for head in ranges:
+            ranges[head].merge()
+        for head in hessians:
+            hessians[head].merge()
         return ranges, hessians
 
     def _round_group(

@@ -50,6 +50,7 @@ class AWQ:
 
     reads = frozenset({"duo"})
     follows_original = False
+    merges = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))

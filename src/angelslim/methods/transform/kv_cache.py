@@ -34,6 +34,7 @@ class KeyValueCache:
 
     reads = frozenset({"quant"})
     follows_original = False
+    merges = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         quant = options["quant"]
@@ -43,7 +44,9 @@ class KeyValueCache:
     def needs_data(self, scheme: Scheme) -> bool:
         """Static scales come from calibration."""
         if self.quant.dynamic:
-            raise SchemeError("The key-value cache cannot have dynamic scales.", fix="Remove dynamic from kv.")
+            raise SchemeError(
+                "The key-value cache cannot have dynamic scales.", fix="Remove dynamic from kv."
+            )
         return True
 
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
@@ -69,7 +72,7 @@ class KeyValueCache:
         for name, module in block.module.named_modules():
             for role, seen in zip(ROLES, ranges.get(module, ()), strict=False):
                 stored = stored_name(block.source, f"{path}.{name}")
-                block.extra(f"{stored}.{role}_scale", seen.scale(self.quant))
+                block.extra(f"{stored}.{role}_scale", seen.scale(self.quant))  # noqa: S610 (no SQL here)
 
 
 def _empty() -> tuple[HeadRanges, ...]:

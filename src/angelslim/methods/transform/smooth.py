@@ -54,6 +54,7 @@ class Smooth:
 
     reads = frozenset({"alpha"})
     follows_original = False
+    merges = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         given = options.get("alpha", 0.5)

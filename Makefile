@@ -19,7 +19,7 @@ ENV_STAMP := .venv/.ready
 ENGINE_STAMP := .venv-vllm/.ready-$(VLLM)
 PYTEST_FLAGS ?=
 
-.PHONY: help env engines quickstart test lint format docs readme clean
+.PHONY: help env engines rivals quickstart test lint format docs readme clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -48,6 +48,9 @@ $(ENGINE_STAMP):
 	@echo "engines: removing torchvision, torchaudio and torchcodec (their builds want CUDA; text needs none)"
 	.venv-vllm/bin/python -m pip uninstall --yes --quiet --disable-pip-version-check torchvision torchaudio torchcodec
 	touch $@
+
+rivals: env ## Make the environments of the tools that benchmarks/ptq_rivals.py compares with
+	$(BIN)/python benchmarks/ptq_rivals.py --setup .rivals
 
 quickstart: env ## Compress the built-in model four ways, compare, write quickstart/report.html
 	$(BIN)/angelslim quickstart

@@ -28,7 +28,7 @@ from angelslim.lab.outliers import plant_outliers
 from angelslim.models.builtin import builtin_model
 from common import RESULTS, write
 from rivals import environments
-from rivals.bars import all_bars, summary
+from rivals.bars import all_bars, gains, summary
 from rivals.measure import Bench, Entry, Settings, Subject
 
 LC, GM, PUBLISHED, OURS = "llmcompressor", "gptqmodel", "published", "angelslim"
@@ -146,8 +146,11 @@ def main() -> None:
         "settings": {**vars(settings), "seeds": options.seeds, "threads": options.threads},
         "originals": originals,
         "summary": summary(rows),
+        "gains": gains(rows),
         "rows": rows,
     }
+    for line in raw["gains"]:
+        print(line)
     whole = not only and not any("error" in row for row in rows) and {*originals} == {*MODELS}
     write("ptq_rivals", raw, all_bars(rows), RESULTS if whole else options.work)
     if not whole:

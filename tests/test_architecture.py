@@ -38,6 +38,7 @@ LAYERS = {
     "reopen": 5,
     "plan": 6,
     "work": 6,
+    "check": 6,
     "pipeline": 7,
     "convert": 7,
     "engine": 8,

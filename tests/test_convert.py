@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from angelslim import load, pipeline
 from angelslim.base.errors import ConfigError, ModelError, ResourceError, SchemeError, UserError
-from angelslim.convert import check, convert
+from angelslim.check import check
+from angelslim.convert import convert
 from angelslim.export import w4afp8
 from angelslim.export._checkpoint import open_any
 from angelslim.export.base import FORMATS
@@ -251,26 +252,24 @@ def mixture(tmp_path_factory):
     return folder
 
 
-def test_a_mixture_travels_too(mixture, tmp_path):
-    convert(mixture, "compressed_tensors", tmp_path / "ct")
-    assert_same_numbers(mixture, tmp_path / "ct")
-    settings = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
-    assert settings["format"] == "mixed-precision"
-    assert {"lm_head", "model.layers.1.mlp.gate"} <= set(settings["ignore"])
-    convert(tmp_path / "ct", "w4afp8", tmp_path / "back")
-    assert_same_numbers(mixture, tmp_path / "back")
-    original, back = (load_file(f / "model.safetensors") for f in (mixture, tmp_path / "back"))
-    assert original.keys() == back.keys()
+def test_a_mixture_is_read_and_written_byte_for_byte(mixture, tmp_path):
+    convert(mixture, "w4afp8", tmp_path / "again")
+    assert_same_numbers(mixture, tmp_path / "again")
+    original, again = (load_file(f / "model.safetensors") for f in (mixture, tmp_path / "again"))
+    assert original.keys() == again.keys()
     for name, tensor in original.items():
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), back[name].reshape(-1).view(torch.uint8)), (
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), again[name].reshape(-1).view(torch.uint8)), (
             name
         )
-    assert check(mixture) == check(tmp_path / "ct")
+    settings = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "model.layers.1.mlp.gate"} <= set(settings["modules_to_not_convert"])
+    assert check(mixture) == check(tmp_path / "again") == 3 * 4 + 3 + 3 + 2 * 5
 
 
-def test_other_formats_have_one_scheme_for_all(mixture, tmp_path):
-    with pytest.raises(SchemeError, match="cannot hold"):
-        convert(mixture, "fp8_block", tmp_path / "out")
+def test_other_formats_do_not_hold_the_mixture(mixture, tmp_path):
+    for name, reason in (("fp8_block", "weights must be FP8"), ("compressed_tensors", "static activations")):
+        with pytest.raises(SchemeError, match=f"cannot hold .*{reason}"):
+            convert(mixture, name, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -294,6 +293,22 @@ def test_check_finds_a_bad_scale(value, blocks, tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight_scale_inv"][0, 0] = value
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
+        check(folder)
+
+
+def test_check_looks_at_weights_in_full_precision_too(blocks, tmp_path):
+    folder = copy_model(blocks, tmp_path / "bad")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.input_layernorm' has"):
+        check(folder)
+
+
+def test_check_finds_shapes_of_another_model(blocks, tmp_path):
+    folder = copy_model(blocks, tmp_path / "bad")
+    edit_json(folder / "config.json", intermediate_size=128)
+    with pytest.raises(ModelError, match=r"has shape \[.*256.*\], config\.json asks for"):
         check(folder)
 
 

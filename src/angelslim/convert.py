@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .base.console import bar
-from .base.errors import ConfigError, ModelError, ResourceError, SchemeError, UserError, did_you_mean
-from .export._checkpoint import QuantizedCheckpoint, open_any
+from .base.errors import ConfigError, ResourceError, SchemeError, UserError, did_you_mean
+from .check import open_compressed
+from .export._checkpoint import QuantizedCheckpoint
 from .export._same import check_equal, respelled, suited
 from .export.base import FILES, FORMATS, Exporter, Restored, refusal
 from .job import KEPT_FILES, NEVER_COPIED
@@ -134,34 +134,3 @@ def _write_plain(checkpoint: QuantizedCheckpoint, writer: UnitWriter) -> list[st
             units.append(f"plain-{index:06d}")
             writer.write(units[-1], {name: read_tensor(info)})
     return units
-
-
-def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
-    """Open a compressed folder; a plain model is a `ModelError`."""
-    source = open_any(folder)
-    if not isinstance(source.checkpoint, QuantizedCheckpoint):
-        raise ModelError(f"{folder} is not quantized.", fix="Compress it first: angelslim run METHOD MODEL.")
-    return source, source.checkpoint
-
-
-def check(folder: Path) -> int:
-    """Decode every layer of a compressed folder or file and look for what engines would trip over.
-
-    Codes and scales must agree in shape, scales must be finite and positive, decoded weights finite. Returns how
-    many layers there are.
-    """
-    if folder.is_file() and folder.suffix[1:] in FILES:
-        return FILES.get(folder.suffix[1:]).check(folder)
-    _, checkpoint = open_compressed(folder)
-    with bar("checking", len(checkpoint.parts)) as progress:
-        for name in checkpoint.parts:
-            layer = checkpoint.restore(name)
-            scales = [layer.weight.scale, *([layer.input_scale] if layer.input_scale is not None else [])]
-            bad = any(not torch.isfinite(s.float()).all() or (s.float() <= 0).any() for s in scales)
-            if bad or not layer.weight.dequantize().isfinite().all():
-                raise ModelError(
-                    f"{folder}: layer {name!r} has a scale or weight that is not finite.",
-                    fix="Compress the model again.",
-                )
-            progress.advance()
-    return len(checkpoint.parts)

@@ -25,6 +25,7 @@ from .base import parallel
 from .base.console import chose, log
 from .base.errors import ModelError, ResourceError, UserError
 from .base.memory import peak_resident
+from .check import check
 from .config.files import write_yaml
 from .data import builtin
 from .evaluate.base import Score
@@ -82,6 +83,7 @@ def run(
             parallel.wait()
             return RunRecord.load(out)
         _assemble(job, workplace)
+        check(workplace.result)
         record = _record(job, done, workplace, command, fingerprint)
         _measure(job, workplace, record, before)
         record.seconds = round(time.perf_counter() - started, 3)

@@ -23,6 +23,7 @@ from .models.select import Layer, groups_by_linear
 from .models.structure import Group
 from .numerics.error import error_of
 from .numerics.quantize import quantize, scale_type, tile_of
+from .numerics.scales import SCALE_BITS
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
@@ -98,6 +99,7 @@ def _stored_bytes(layer: Layer, dtype: torch.dtype) -> int:
     rows, columns = tile_of(quant.granularity, layer.shape)
     tiles = -(-layer.shape[0] // rows) * -(-layer.shape[1] // columns)
     scale_bytes = 2 if quant.scale == "float16" else scale_type(quant, dtype).itemsize
+    scale_bytes = SCALE_BITS.get(quant.scale, 8 * scale_bytes) // 8
     zero_bits = 0 if quant.symmetric else quant.format.bits
     return (
         layer.shape[0] * layer.shape[1] * quant.format.bits // 8

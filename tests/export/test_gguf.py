@@ -18,10 +18,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from angelslim import pipeline
 from angelslim.base.errors import MissingExtra, ModelError, SchemeError
-from angelslim.convert import check, convert
+from angelslim.check import check
+from angelslim.convert import convert
 from angelslim.export._checkpoint import open_any
 from angelslim.export.files import _gguf_model
-from angelslim.export.files._gguf_blocks import block_type, to_blocks
+from angelslim.export.files._gguf_blocks import refuses, to_blocks
 from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import (
     FORMATS,
@@ -52,9 +53,9 @@ BLOCKS = {
 def test_the_library_decodes_our_blocks_bit_for_bit(label):
     quant = BLOCKS[label]
     quantized = quantize(torch.randn(12, 128, generator=torch.Generator().manual_seed(0)), quant)
-    kind = block_type(Scheme(quant), (12, 128))
-    assert kind == label.partition(",")[0]
-    decoded = gguf.quants.dequantize(to_blocks(quantized, kind, "a").numpy(), gguf.GGMLQuantizationType[kind])
+    assert not refuses(Scheme(quant), (12, 128))
+    kind = gguf.GGMLQuantizationType[label.partition(",")[0]]
+    decoded = gguf.quants.dequantize(to_blocks(quantized, "a").numpy(), kind)
     assert np.array_equal(decoded, quantized.dequantize().numpy())
 
 
@@ -70,14 +71,13 @@ def test_the_library_decodes_our_blocks_bit_for_bit(label):
     ],
 )
 def test_what_no_type_holds_is_refused_with_the_reason(scheme, reason):
-    with pytest.raises(SchemeError, match=reason):
-        block_type(scheme, (128, 128))
+    assert reason in refuses(scheme, (128, 128))
 
 
 def test_scales_that_float16_does_not_hold_are_refused():
     quantized = quantize(torch.randn(8, 32), Quant(INT8, per_group(32)))
     with pytest.raises(SchemeError, match="'a' has scales that float16"):
-        to_blocks(quantized, "Q8_0", "a")
+        to_blocks(quantized, "a")
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,20 @@ def test_a_whole_model_holds_our_weights_bit_for_bit(recipe, kind, made, tmp_pat
     assert fields["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind}"]
     assert check(tmp_path / "model.gguf") == 14
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_zero_points_that_are_all_0_go_in_and_others_do_not(made, tmp_path):
+    convert(made("int4_rtn"), "awq", tmp_path / "awq")
+    convert(tmp_path / "awq", "gguf", tmp_path / "awq.gguf")
+    convert(made("int4_rtn"), "gguf", tmp_path / "direct.gguf")
+    first, second = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in ("awq", "direct"))
+    for tensor, same in zip(*(sorted(each, key=lambda t: t.name) for each in (first, second)), strict=True):
+        assert tensor.name == same.name and np.array_equal(tensor.data, same.data)
+    with pytest.raises(SchemeError, match="has zero points that are not 0"):
+        convert(made("int4_rtn_asym"), "gguf", tmp_path / "asym.gguf")
+    with pytest.raises(SchemeError, match=r"GGUF cannot hold W int8 per-channel.*weights only"):
+        convert(made("int8_dynamic"), "gguf", tmp_path / "int8.gguf")
+    assert not list(tmp_path.glob("asym*")) and not list(tmp_path.glob("int8*"))
 
 
 def test_what_llama_cpp_reads_of_the_model(made, tmp_path):

@@ -8,7 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from angelslim.numerics.quantize import outer_of, quantize, scales_from_range, tile_range
+from angelslim.numerics.compensate import Hessian, factorize, gptq, output_error
+from angelslim.numerics.quantize import outer_of, quantize, round_to, scales_from_range, tile_range
 from angelslim.numerics.scales import (
     e4m3_numbers,
     e8m0_bytes,
@@ -105,3 +106,20 @@ def test_an_outer_scale_given_for_a_shrunken_range_stays():
     clipped, _ = scales_from_range(low * 0.5, high * 0.5, NV, outer=outer)
     numbers = e4m3_numbers(clipped, outer)
     assert torch.equal(from_e4m3(numbers, outer), clipped) and numbers.float().max() == 224
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "w4a8_fp8"])
+def test_gptq_keeps_stored_scales_and_loses_less_of_the_output(name):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    weight = torch.randn(48, 128, generator=generator)
+    hessian = Hessian(128)
+    hessian.update(inputs)
+    factor = factorize(hessian)
+    assert factor is not None
+    rounded = quantize(weight, PRESETS[name].weight)
+    better = gptq(weight, factor, rounded)
+    assert torch.equal(better.scale, rounded.scale)
+    assert (better.global_scale is None) == (name != "nvfp4")
+    assert torch.equal(round_to(better.codes.float(), better.quant.format).float(), better.codes.float())
+    assert output_error(weight, better, hessian.matrix) < 0.8 * output_error(weight, rounded, hessian.matrix)

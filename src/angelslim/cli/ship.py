@@ -56,8 +56,8 @@ def evaluate(
     from ..evaluate.size import size_scores
     from ..evaluate.suite import evaluate as run_suite
     from ..models.loading import resolve
-    from ..work import tokenizer_of
     from ..reopen import load
+    from ..work import tokenizer_of
 
     found = {}
     for name in models:
@@ -104,14 +104,16 @@ def export(
     check: Annotated[bool, typer.Option("--check", help="Only decode every layer and report.")] = False,
 ) -> None:
     """Rewrite a compressed model in another checkpoint format, bit for bit, or check it."""
-    from .. import convert
-
     if check:
-        console.out.print(f"{folder}: {convert.check(folder)} layers decode, all finite.", soft_wrap=True)
+        from ..check import check as decode
+
+        console.out.print(f"{folder}: {decode(folder)} layers decode, all finite.", soft_wrap=True)
         return
     if format_ is None or out is None:
         raise ConfigError("export needs --format and --out, or --check.")
-    convert.convert(folder, format_, out)
+    from ..convert import convert
+
+    convert(folder, format_, out)
     console.out.print(f"Wrote {out}", soft_wrap=True)
 
 

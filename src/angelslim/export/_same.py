@@ -39,7 +39,7 @@ def respelled(weight: Quantized, quant: Quant, name: str) -> Quantized:
     if quant.symmetric and zero is not None:
         if zero.any():
             raise SchemeError(
-                f"Layer {name!r} has zero points that are not 0, and the format has none.",
+                f"Layer {name!r} has zero points that are not 0, and the format holds none.",
                 fix="Choose a format with zero points, or compress the model again with zero_point: false.",
             )
         zero = None

@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from ..numerics.quantize import Quantized
-from ..numerics.scheme import FORMATS, PER_TENSOR, PRESETS, Quant, Scheme, per_group
+from ..numerics.scheme import FORMATS, PER_TENSOR, Quant, Scheme, per_block, per_group
 from . import fp8_block
 from ._words import exactly
 from .base import Restored
 
 NAME = __name__.rpartition(".")[2]
-DENSE = PRESETS["fp8_block"]
 FP8, GROUP = FORMATS["fp8_e4m3"], per_group(128)
+DENSE = Scheme(Quant(FP8, per_block(128, 128)), Quant(FP8, GROUP, dynamic=True))
 
 
 def is_expert(name: str) -> bool:

@@ -79,8 +79,9 @@ def streamable(source: Source, block: str) -> dict[str, list[ExpertTensors]]:
         if not experts.path.startswith(block + "."):
             continue
         module: Any = source.model.get_submodule(experts.path)
-        plain = getattr(module, "is_concatenated", False) and not any(
-            getattr(module, name, True) for name in ("is_transposed", "has_bias", "has_post_expert_norm")
+        plain = hasattr(module, "has_gate") and getattr(module, "is_concatenated", True)
+        plain = plain and not any(
+            getattr(module, name, False) for name in ("is_transposed", "has_bias", "has_post_expert_norm")
         )
         if not plain:
             continue

@@ -10,22 +10,24 @@ the calibration shows, on a grid of exponents r:
 
 r = 0 of the first kind is no scale at all, so the search never ends above rounding to nearest. Each candidate is
 judged by what the linears that share the input lose of their outputs, ``Tr(E H E^T)`` with ``E = W - Q(W s) / s`` and
-``H = X^T X [in, in]``: exact for linear layers, on all calibration tokens, and two matrix products where the paper
-runs the block. All arithmetic is float32.
+H ``[in, in]`` the second moments of the input (`moments`): a matrix product where the paper runs the block. A sample
+of the rows is enough to tell candidates apart, and the grid is searched in two rounds, coarse and fine. All
+arithmetic is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .quantize import quantize, spread, tile_of, tile_range
+from .quantize import TINY, quantize, spread, tile_of, tile_range
 from .scheme import Quant
 
-GRID = 20  # steps of the exponent
+GRID = 20  # steps of the exponent; the first round takes every other one
+ROWS = 256  # of a weight that are rounded to judge a candidate
 SMALLEST = 1e-4  # of a scale before it is centred, so that dead channels stay finite
 
 
@@ -44,8 +46,14 @@ class Reader:
 
     def loss(self, scale: Tensor, hessian: Tensor) -> float:
         """Return ``Tr(E H E^T)``."""
-        error = self.weight.float() - self.rounded(scale)
-        return ((error @ hessian) * error).sum().item()
+        return _energy(self.weight.float() - self.rounded(scale), hessian)
+
+    def sampled(self) -> Reader:
+        """Return the reader of up to `ROWS` rows, evenly spaced; of all where scales reach over rows."""
+        if self.quant.granularity.kind not in ("group", "channel"):
+            return self
+        step = -(-len(self.weight) // ROWS)
+        return Reader(self.weight[::step], self.quant, self.scale_dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +61,14 @@ class Candidate:
     """One scale ``[in]``, where it comes from, and what the readers lose with it."""
 
     scale: Tensor
-    ratio: float
+    step: int  # of `GRID`: the exponent
     duo: bool
     loss: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is no scale at all."""
+        return not self.step and not self.duo
 
 
 def column_share(readers: Sequence[Reader]) -> Tensor:
@@ -66,29 +79,19 @@ def column_share(readers: Sequence[Reader]) -> Tensor:
         shape = (weight.shape[0], weight.shape[1])
         _, high = tile_range(weight, reader.quant.granularity)
         largest = spread(high, tile_of(reader.quant.granularity, shape), shape)
-        total = total.to(weight.device) + (weight / (largest + 1e-6)).sum(0)
+        total = total.to(weight.device) + (weight / largest.clamp(min=TINY)).sum(0)
         rows += shape[0]
     return total / rows
 
 
-def candidates(inputs: Tensor, share: Tensor, *, duo: bool = True) -> Iterator[Candidate]:
-    """Yield the scales to try for mean magnitudes ``[in]`` of the input and the weights; the first is no scale.
+def scale_of(inputs: Tensor, share: Tensor, step: int, duo: bool) -> Tensor:
+    """Return one scale ``[in]`` for mean magnitudes ``[in]`` of the input and shares ``[in]`` of the weights.
 
-    >>> [(each.ratio, each.duo) for each in candidates(torch.ones(2), torch.ones(2))][:3]
-    [(0.0, False), (0.05, False), (0.1, False)]
+    Its extremes lie around 1, which keeps 16-bit weights in range.
     """
-    inputs = inputs.float()
-    for step in range(GRID):
-        yield Candidate(_centred(inputs.pow(step / GRID)), step / GRID, False)
+    scale = inputs.float().pow(step / GRID)
     if duo:
-        for step in range(GRID + 1):
-            ratio = step / GRID
-            weights = share.float().pow(1 - ratio) + SMALLEST
-            yield Candidate(_centred(inputs.pow(ratio) / weights), ratio, True)
-
-
-def _centred(scale: Tensor) -> Tensor:
-    """Put the geometric middle of the extremes at 1, which keeps 16-bit weights in range."""
+        scale = scale / (share.float().pow(1 - step / GRID) + SMALLEST)
     scale = scale.clamp(min=SMALLEST)
     return scale / (scale.max() * scale.min()).sqrt()
 
@@ -96,15 +99,28 @@ def _centred(scale: Tensor) -> Tensor:
 def search(
     readers: Sequence[Reader], inputs: Tensor, share: Tensor, hessian: Tensor, *, duo: bool = True
 ) -> list[Candidate]:
-    """Return all candidates with their losses, the best first; of equal ones no scale comes first.
+    """Return the candidates with their losses, the best first; of equal ones no scale comes first.
 
-    `inputs` and `share` are the statistics ``[in]`` of `candidates`; channels that must have one scale already have
-    one value. Each reader's loss counts as a share of its output, so that a large one does not decide alone.
+    `inputs` and `share` are the statistics ``[in]`` of `scale_of`; channels that must have one scale already have one
+    value. Each reader's loss counts as a share of its output, so that a large one does not decide alone.
     """
-    signal = [max(((r.weight.float() @ hessian) * r.weight.float()).sum().item(), 1e-30) for r in readers]
-    found = []
-    for each in candidates(inputs, share, duo=duo):
-        losses = [reader.loss(each.scale, hessian) for reader in readers]
+    readers = [reader.sampled() for reader in readers]
+    signal = [max(_energy(reader.weight.float(), hessian), 1e-30) for reader in readers]
+
+    def judged(step: int, is_duo: bool) -> Candidate:
+        scale = scale_of(inputs, share, step, is_duo)
+        losses = [reader.loss(scale, hessian) for reader in readers]
         loss = sum(lost / whole for lost, whole in zip(losses, signal, strict=True))
-        found.append(Candidate(each.scale, each.ratio, each.duo, loss))
+        return Candidate(scale, step, is_duo, loss)
+
+    found = [judged(step, False) for step in range(0, GRID, 2)]
+    if duo:
+        found += [judged(step, True) for step in range(0, GRID + 1, 2)]
+    best = min(found, key=lambda each: each.loss)
+    fine = [step for step in (best.step - 1, best.step + 1) if 0 <= step <= GRID]
+    found += [judged(step, best.duo) for step in fine]
     return sorted(found, key=lambda each: each.loss)
+
+
+def _energy(error: Tensor, hessian: Tensor) -> float:
+    return ((error @ hessian) * error).sum().item()

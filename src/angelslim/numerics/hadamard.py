@@ -97,7 +97,8 @@ def hadamard(order: int) -> Tensor | None:
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Draw an orthogonal matrix ``[size, size]`` uniformly, in float64."""
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
+    drawn: Tensor = q * r.diagonal().sign()
+    return drawn.contiguous()
 
 
 def _factors(size: int, generator: torch.Generator) -> list[Tensor]:

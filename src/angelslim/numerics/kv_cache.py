@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from .quantize import round_to, scales_from_range
 from .scheme import Quant
 
@@ -25,6 +26,10 @@ class HeadRanges:
         low, high = torch.aminmax(states.detach().transpose(0, 1).flatten(1), dim=1)
         amax = torch.maximum(-low, high).float()
         self.amax = torch.maximum(self.amax, amax) if self.amax.numel() else amax
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen."""
+        self.amax = parallel.highest(self.amax)
 
     def scale(self, quant: Quant) -> Tensor:
         """Return the static scale ``[1]`` or ``[heads, 1, 1]`` in float32; heads that stayed zero get the scale 1."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from .quantize import TINY, round_to
 from .scheme import Format
 
@@ -61,6 +62,10 @@ class MagnitudeCounts:
             weights = self.channel_weights.expand(rows.shape).flatten()
             self.counts += torch.bincount(pattern, minlength=PATTERNS)
             self.weights += torch.bincount(pattern, weights, PATTERNS)
+
+    def merge(self) -> None:
+        """Add what the other processes of the run have seen."""
+        self.counts, self.weights = parallel.total(self.counts), parallel.total(self.weights)
 
     def outlier(self, alpha: float) -> float:
         """Return the magnitude above which at most a share `alpha` of all values lies; 0 when nothing was seen."""

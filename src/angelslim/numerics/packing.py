@@ -27,8 +27,8 @@ def pack_ints(codes: Tensor, bits: int, dim: int = 1) -> Tensor:
     """Pack signed codes of 4 or 8 bits, int8 ``[rows, columns]``, into int32 words along `dim` (0 or 1)."""
     if dim == 0:
         return pack_ints(codes.T.contiguous(), bits).T.contiguous()
-    count = WORD // bits
-    fields = codes.to(torch.int32) + 2 ** (bits - 1)
+    count: int = WORD // bits
+    fields = codes.to(torch.int32) + (1 << (bits - 1))
     fields = F.pad(fields, (0, -codes.shape[1] % count)).view(codes.shape[0], -1, count)
     words = torch.zeros(fields.shape[:2], dtype=torch.int32, device=codes.device)
     for position in range(count):
@@ -40,9 +40,9 @@ def unpack_ints(words: Tensor, bits: int, length: int, dim: int = 1) -> Tensor:
     """Undo `pack_ints`; `length` is the unpacked size along `dim`."""
     if dim == 0:
         return unpack_ints(words.T.contiguous(), bits, length).T.contiguous()
-    mask = 2**bits - 1
+    mask = (1 << bits) - 1
     fields = torch.stack([(words >> (bits * position)) & mask for position in range(WORD // bits)], dim=-1)
-    return (fields.flatten(1)[:, :length] - 2 ** (bits - 1)).to(torch.int8)
+    return (fields.flatten(1)[:, :length] - (1 << (bits - 1))).to(torch.int8)
 
 
 def pack_int4(codes: Tensor, dim: int = 1) -> Tensor:

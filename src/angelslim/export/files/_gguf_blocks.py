@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...base.errors import SchemeError
 from ...numerics.packing import pack_fp4, pack_int4
 from ...numerics.quantize import Quantized, spread, tile_of
 from ...numerics.scales import e8m0_bytes
@@ -29,24 +28,17 @@ BLOCK = 32
 TYPES = {"int8": "Q8_0", "int4": "Q4_0", "fp4_e2m1": "MXFP4"}
 
 
-def block_type(scheme: Scheme, shape: tuple[int, int]) -> str:
-    """Return the GGUF type of a layer; one that no type holds exactly is a `SchemeError` with the reason."""
+def refuses(scheme: Scheme, shape: tuple[int, int]) -> str:
+    """Return why no type holds a layer ``(out, in)`` of this scheme exactly, or an empty string."""
     quant = scheme.weight
-    name, reason = TYPES.get(quant.format.name, ""), ""
+    name = TYPES.get(quant.format.name, "")
     if not name or quant.scale == "e4m3" or (name == "MXFP4") != (quant.scale == "e8m0"):
-        reason = f"no type has {quant.format.name} weights with {quant.scale} scales"
-    elif scheme.input is not None or scheme.kv is not None:
-        reason = "its types quantize weights only"
-    elif not quant.symmetric:
-        reason = "zero points would have to be rounded (Q4_1 and Q4_K keep their products with the scales)"
-    elif _group(quant, shape) % BLOCK:
-        reason = f"scales must be shared by a multiple of {BLOCK} inputs"
-    if reason:
-        raise SchemeError(
-            f"GGUF cannot hold {scheme} exactly: {reason}.",
-            fix="Compress the model again with the recipe gguf_q4_0 or gguf_q8_0.",
-        )
-    return name
+        return f"no type has {quant.format.name} weights with {quant.scale} scales"
+    if scheme.input is not None or scheme.kv is not None:
+        return "its types quantize weights only"
+    if not quant.symmetric:
+        return "zero points would have to be rounded (Q4_1 and Q4_K keep their products with the scales)"
+    return f"scales must be shared by a multiple of {BLOCK} inputs" if _group(quant, shape) % BLOCK else ""
 
 
 def _group(quant: Quant, shape: tuple[int, int]) -> int:
@@ -54,8 +46,9 @@ def _group(quant: Quant, shape: tuple[int, int]) -> int:
     return columns if rows in (1, shape[0]) else 1  # square tiles are refused with the rest
 
 
-def to_blocks(weight: Quantized, kind: str, name: str) -> Tensor:
+def to_blocks(weight: Quantized, name: str) -> Tensor:
     """Return a layer's blocks as bytes ``[out, in / 32 * bytes per block]``."""
+    kind = TYPES[weight.quant.format.name]
     rows, columns = weight.codes.shape
     tile = tile_of(weight.quant.granularity, (rows, columns))
     scale = spread(weight.scale, tile, (rows, columns))[:, ::BLOCK].contiguous()

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ...base.console import bar
-from ...base.errors import MissingExtra, ModelError
-from ...models.checkpoint import TensorInfo
+from ...base.errors import MissingExtra, ModelError, SchemeError
 from ...models.loading import Source
 from ...numerics.quantize import Quantized
+from ...numerics.scheme import Quant
 from .._checkpoint import QuantizedCheckpoint
-from ._gguf_blocks import block_type, to_blocks
+from .._same import respelled, spellings
+from ._gguf_blocks import TYPES, refuses, to_blocks
 from ._gguf_model import add_shape, architecture, rope_factors, turned_rows
 from ._gguf_vocab import add_tokenizer
 
@@ -41,6 +42,7 @@ class Entry:
     source: str  # the checkpoint's
     kind: str  # GGUF type
     shape: tuple[int, ...]
+    quant: Quant | None  # of a quantized weight
 
 
 class Gguf:
@@ -57,7 +59,7 @@ class Gguf:
         temporary = out.with_name(out.name + ".tmp")
         writer = library.GGUFWriter(temporary, graph)
         try:
-            kinds = [entry.kind for entry in entries if entry.kind in FILE_TYPES]
+            kinds = [entry.kind for entry in entries if entry.quant is not None]
             writer.add_name(source.folder.resolve().name)
             writer.add_file_type(library.LlamaFileType[FILE_TYPES[max(set(kinds), key=kinds.count)]])
             writer.add_quantization_version(library.GGML_QUANT_VERSION)
@@ -142,13 +144,24 @@ def _entries(library: Any, source: Source, checkpoint: QuantizedCheckpoint, grap
                 f"GGUF has no place for the tensor {tensor!r} in a model of type {graph!r}.",
                 fix="Serve the folder with vLLM or SGLang.",
             )
-        yield Entry(f"{name}.{leaf}", tensor, _kind(checkpoint, stem, leaf, info), info.shape)
+        if stem in checkpoint.parts and leaf == "weight":
+            quant = _quant(checkpoint, stem, (info.shape[0], info.shape[1]))
+            yield Entry(f"{name}.{leaf}", tensor, TYPES[quant.format.name], info.shape, quant)
+        else:
+            kind = "F32" if len(info.shape) == 1 else PLAIN[info.dtype]
+            yield Entry(f"{name}.{leaf}", tensor, kind, info.shape, None)
 
 
-def _kind(checkpoint: QuantizedCheckpoint, stem: str, leaf: str, info: TensorInfo) -> str:
-    if stem in checkpoint.parts and leaf == "weight":
-        return block_type(checkpoint.schemes[stem], (info.shape[0], info.shape[1]))
-    return "F32" if len(info.shape) == 1 else PLAIN[info.dtype]
+def _quant(checkpoint: QuantizedCheckpoint, name: str, shape: tuple[int, int]) -> Quant:
+    """Return how a layer is written, or refuse it with the reason."""
+    scheme = checkpoint.schemes[name]
+    fitting = next((each for each in spellings(scheme) if not refuses(each, shape)), None)
+    if fitting is None:
+        raise SchemeError(
+            f"GGUF cannot hold {scheme} exactly ({name}): {refuses(scheme, shape)}.",
+            fix="Compress the model again with one of the recipes for GGUF (`angelslim ls`).",
+        )
+    return fitting.weight
 
 
 def _announce(writer: Any, library: Any, name: str, kind: str, shape: tuple[int, ...]) -> None:
@@ -163,11 +176,9 @@ def _bytes(entry: Entry, checkpoint: QuantizedCheckpoint, config: Any, graph: st
     """Read one tensor and return its bytes as the file has them."""
     stem = entry.source.rpartition(".")[0]
     order = turned_rows(stem, entry.shape[0], config, graph)
-    if entry.kind in FILE_TYPES:
-        weight = checkpoint.restore(stem).weight
-        if order is not None:
-            weight = _reordered(weight, order)
-        return to_blocks(weight, entry.kind, stem).numpy()
+    if entry.quant is not None:
+        weight = respelled(checkpoint.restore(stem).weight, entry.quant, stem)
+        return to_blocks(weight if order is None else _reordered(weight, order), stem).numpy()
     tensor: Tensor = checkpoint.read(entry.source)
     tensor = tensor if order is None else tensor[order]
     tensor = tensor.float() if entry.kind == "F32" else tensor

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...base import parallel
 from ...base.errors import SchemeError
 from ...models.block import Block
 from ...models.select import Layer
@@ -60,13 +61,18 @@ class Operator:
         self.statistics.update(inputs)
         self.counts.update(inputs)
 
+    def merge(self) -> None:
+        """Add what the other processes of the run have seen."""
+        self.statistics.merge()
+        self.counts.merge()
+
 
 class LeptoQuant:
     """Options: `lepto_extended` adds candidates that clip, and ones that only shift the phase."""
 
     reads = frozenset({"lepto_extended"})
     follows_original = False
-    merges = False
+    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.extended = bool(options.get("lepto_extended", False))
@@ -121,6 +127,7 @@ class LeptoQuant:
         """Observe every input, then give each operator in turn the scale with the least error of the block."""
         block.collect({_path(operator.layers[0]): operator.update for operator in operators})
         for operator in operators:
+            operator.merge()
             grid, amax = operator.quant.format, operator.statistics.observer.amax()
             operator.scale = operator.statistics.scale(operator.quant).to(block.device)
             if _searchable(operator.quant):
@@ -176,11 +183,11 @@ def _output(block: Block, sample: int) -> Tensor:
 
 
 def _error(block: Block, samples: list[int], original: list[Tensor]) -> float:
-    """Return the squared error of the block's output, summed over the samples."""
-    return sum(
-        float((_output(block, sample).float() - before.float()).square().sum(dtype=torch.float64))
-        for sample, before in zip(samples, original, strict=True)
-    )
+    """Return the squared error of the block's output, summed over the samples of all processes."""
+    error = torch.zeros((), dtype=torch.float64, device=block.device)
+    for sample, before in zip(samples, original, strict=True):
+        error += (_output(block, sample).float() - before.float()).square().sum(dtype=torch.float64)
+    return float(parallel.total(error))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ activation scales need nothing more. Static ones are one number per layer, taken
 an observer (``absmax``, ``percentile`` or ``mse``).
 
 With `mse_range` the range of each tile is clipped where that loses less of the layer's output (`numerics.clip`). That
-needs the Hessian of each input, so calibration data, and makes rounding as slow as running the model once.
+needs the second moments of each input, so calibration data, and takes as long as running the model once.
 
 Engines fuse q, k, v and gate, up into one matrix with one per-tensor scale, and would round a second time if
 the members' scales differed. So linears that share an input share their per-tensor weight scale and their
@@ -22,7 +22,8 @@ from torch import Tensor
 from ...models.block import Block, Observe
 from ...models.select import Layer
 from ...models.structure import Group
-from ...numerics.compensate import Hessian, output_error
+from ...numerics.compensate import output_error
+from ...numerics.moments import Moments
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named
 from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
@@ -56,39 +57,39 @@ class RoundToNearest:
 
     def process(self, block: Block) -> None:
         """Round every layer; observe inputs first where the scheme is static or ranges are clipped."""
-        ranges, hessians = self._observe(block) if block.samples else ({}, {})
+        ranges, moments = self._observe(block) if block.samples else ({}, {})
         for members in by_group(block):
-            self._round_group(block, members, ranges, hessians)
+            self._round_group(block, members, ranges, moments)
 
-    def _observe(self, block: Block) -> tuple[dict[str, InputStatistics], dict[str, Hessian]]:
+    def _observe(self, block: Block) -> tuple[dict[str, InputStatistics], dict[str, Moments]]:
         """Run the samples through the unquantized block, watching each group's input once."""
         ranges: dict[str, InputStatistics] = {}
-        hessians: dict[str, Hessian] = {}
+        moments: dict[str, Moments] = {}
         for layer in block.layers:
             if layer.module is None:
                 continue
             head, quant = head_of(block, layer), layer.scheme.input
             if quant is not None and quant.calibrated and head not in ranges:
                 ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
-            if self.clips and head not in hessians:
-                hessians[head] = Hessian(layer.shape[1], block.device)
-        block.advance({head: _watching(head, ranges, hessians) for head in {**ranges, **hessians}})
+            if self.clips and head not in moments:
+                moments[head] = Moments(layer.shape[1], block.device)
+        block.advance({head: _watching(head, ranges, moments) for head in {**ranges, **moments}})
         for head in ranges:
             ranges[head].merge()
-        for head in hessians:
-            hessians[head].merge()
-        return ranges, hessians
+        for head in moments:
+            moments[head].merge()
+        return ranges, moments
 
     def _round_group(
         self,
         block: Block,
         members: list[Layer],
         ranges: Mapping[str, InputStatistics],
-        hessians: dict[str, Hessian],
+        moments: dict[str, Moments],
     ) -> None:
         shared = shared_scale(block, members)
         head = "" if members[0].module is None else head_of(block, members[0])
-        seen = hessians.pop(head, None)  # gone when its group is done: they are large
+        seen = moments.pop(head, None)  # gone when its group is done: they are large
         squares = None if seen is None else seen.matrix
         statistics = ranges.get(head)
         for layer in members:
@@ -103,8 +104,8 @@ class RoundToNearest:
             block.emit(layer, weight, quantized, scale, histogram, output_error=error)
 
 
-def _watching(head: str, ranges: Mapping[str, InputStatistics], hessians: Mapping[str, Hessian]) -> Observe:
-    watchers = [each[head].update for each in (ranges, hessians) if head in each]
+def _watching(head: str, ranges: Mapping[str, InputStatistics], moments: Mapping[str, Moments]) -> Observe:
+    watchers = [each[head].update for each in (ranges, moments) if head in each]
 
     def watch(inputs: Tensor) -> None:
         for update in watchers:

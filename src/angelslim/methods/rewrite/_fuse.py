@@ -73,9 +73,13 @@ class Changes:
 
     def _edit(self, tensor: str, **steps: Any) -> None:
         now = self.edits.get(tensor, Edit(tensor))
-        twice = [step for step, value in steps.items() if value is not None and getattr(now, step) is not None]
+        twice = [
+            step for step, value in steps.items() if value is not None and getattr(now, step) is not None
+        ]
         assert not twice, f"{tensor} is changed twice: {twice}"
-        self.edits[tensor] = replace(now, **{step: value for step, value in steps.items() if value is not None})
+        self.edits[tensor] = replace(
+            now, **{step: value for step, value in steps.items() if value is not None}
+        )
 
     def _untie(self, head: str) -> None:
         """Give the head a tensor of its own, which starts as the embedding."""

@@ -38,8 +38,10 @@ FIX = "Leave out the transform, or the rotation R1, for this model."
 SCALE = "MulBackward0"
 PASSED = frozenset(
     f"{name}Backward0"
-    for name in ("Add", "View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Alias", "Slice", "Unsqueeze")
-    + ("Squeeze", "Transpose", "Permute", "Expand", "Split", "SplitWithSizes")
+    for name in (
+        *("Add", "View", "UnsafeView", "ReshapeAlias", "Clone", "ToCopy", "Alias", "Slice", "Unsqueeze"),
+        *("Squeeze", "Transpose", "Permute", "Expand", "Split", "SplitWithSizes"),
+    )
 )
 
 
@@ -49,7 +51,9 @@ class Residual:
 
     embeddings: tuple[str, ...]
     writers: tuple[str, ...]
-    readers: Mapping[str, str | None]  # module -> the norm that it reads through; None where it reads the stream
+    readers: Mapping[
+        str, str | None
+    ]  # module -> the norm that it reads through; None where it reads the stream
     norms: tuple[str, ...]
 
 
@@ -210,8 +214,8 @@ def _values(trace: Trace, path: str) -> Values | str:
     if len(readers) != 1 or not isinstance(trace.model.get_submodule(readers[0]), nn.Linear):
         return f"something stands between {path} and the linear that reads what it returns"
     head, channel = torch.arange(value.shape[1])[:, None], torch.arange(width)
-    offset = value.storage_offset() - trace.outputs[maker].storage_offset()
-    rows = (offset + head * value.stride(1) + channel * value.stride(3)).flatten()
+    offset = int(value.storage_offset()) - int(trace.outputs[maker].storage_offset())
+    rows = (offset + head * int(value.stride(1)) + channel * int(value.stride(3))).flatten()
     if not 0 <= int(rows.min()) <= int(rows.max()) < trace.outputs[maker].shape[-1]:
         return f"the values of {path} are no rows of {maker}"
     return Values(maker, rows, width, readers[0])

@@ -36,21 +36,21 @@ def offset_of(norm: nn.Module) -> float | None:
     It has to scale each channel by ``weight + offset`` and, where that is 1, to commute with rotations. RMSNorm does;
     LayerNorm, which subtracts the mean, does not, nor does anything that adds a bias.
     """
+    norm = deepcopy(norm).float()
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or len(list(norm.parameters(recurse=False))) != 1:
         return None
     turn = rotation(len(weight), "random_hadamard")
-    hidden = _states(len(weight)).to(weight.dtype)
-    kept = weight.detach().clone()
+    hidden = _states(len(weight))
+    gain = weight.detach().clone()
     found = None
     with torch.no_grad():
         given = norm(hidden)
         for offset in (0.0, 1.0):
             weight.fill_(1 - offset)
             plain = norm(hidden)
-            if _close(plain * (kept + offset), given) and _close(norm(turn.apply(hidden)), turn.apply(plain)):
+            if _close(plain * (gain + offset), given) and _close(norm(turn.apply(hidden)), turn.apply(plain)):
                 found = offset
-        weight.copy_(kept)
     return found
 
 

@@ -87,7 +87,7 @@ class RewrittenCheckpoint(Checkpoint):
             return _turned(_scaled(stored.to(exact), gain, edit.columns), edit.rows, edit.where).to(dtype)
         changed = torch.empty_like(stored, dtype=dtype)
         size = max(1, CHUNK // stored.shape[-1])
-        for part, into in zip(stored.split(size), changed.split(size), strict=True):
+        for part, into in zip(torch.split(stored, size), torch.split(changed, size), strict=True):
             into.copy_(_scaled(part.to(exact), gain, edit.columns))
         return changed
 

@@ -19,30 +19,12 @@ from ...models.block import Block
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.awq import Candidate, Reader, column_share, search
-from ...numerics.compensate import Hessian
+from ...numerics.moments import Moments
 from ...numerics.scheme import Scheme
 from ._shared import Place, Places, scale_dtype
 
 TRIED = 3  # of the best scales, in the block
 SAMPLES = 4  # that the block is tried on
-
-
-class Inputs:
-    """A group's Hessian ``[in, in]`` and the mean magnitude of its input channels ``[in]``."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.hessian = Hessian(width, device)
-        self._magnitudes = torch.zeros(width, device=device)
-
-    def update(self, inputs: Tensor) -> None:
-        """Take in one sample's inputs ``[tokens, in]``."""
-        self.hessian.update(inputs)
-        self._magnitudes += inputs.float().abs().sum(0)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean magnitude of each channel."""
-        return self._magnitudes / max(self.hessian.tokens, 1)
 
 
 class AWQ:
@@ -55,6 +37,7 @@ class AWQ:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))
         self.tried = int(options.get("tried", TRIED))
+        self.n = int(options.get("n", SAMPLES))
         self.places = Places("rescaling")
 
     def needs_data(self, scheme: Scheme) -> bool:
@@ -72,15 +55,15 @@ class AWQ:
         found = self.places.of(block)
         if not found:
             return
-        seen = {place.head: Inputs(place.fold.width, block.device) for place in found}
+        seen = {place.head: Moments(place.fold.width, block.device) for place in found}
         block.collect({head: inputs.update for head, inputs in seen.items()})
-        samples = range(0, block.samples, -(-block.samples // SAMPLES))
+        samples = range(0, block.samples, -(-block.samples // self.n))
         exact = _outputs(block, samples)
         for place in found:
             self._rescale(block, place, seen.pop(place.head), samples, exact)
 
     def _rescale(
-        self, block: Block, place: Place, seen: Inputs, samples: Sequence[int], exact: Sequence[Tensor]
+        self, block: Block, place: Place, seen: Moments, samples: Sequence[int], exact: Sequence[Tensor]
     ) -> None:
         readers = {}
         for layer in place.layers:
@@ -88,9 +71,9 @@ class AWQ:
             readers[f"{layer.module}.weight"] = Reader(weight, layer.scheme.weight, scale_dtype(layer, weight))
         mean = place.fold.shared(seen.mean, "mean")
         share = place.fold.shared(column_share([*readers.values()]), "mean")
-        ranked = search([*readers.values()], mean, share, seen.hessian.matrix, duo=self.duo)
+        ranked = search([*readers.values()], mean, share, seen.matrix, duo=self.duo)
         best = self._best(block, readers, ranked, samples, exact)
-        if best.duo or best.ratio:
+        if not best.plain:
             done = fold.apply(block, place.fold, best.scale)
             if isinstance(done, str):
                 self.places.say(place.fold.group, done)
@@ -104,17 +87,15 @@ class AWQ:
         exact: Sequence[Tensor],
     ) -> Candidate:
         """Return the scale with which the block as a whole loses least."""
-        plain = next(each for each in ranked if not each.duo and not each.ratio)
+        plain = next(each for each in ranked if each.plain)
         best, least = plain, float("inf")
         better = ranked[: ranked.index(plain)][: self.tried]
         if not better:
             return plain
         for each in (plain, *better):
             with fold.with_values(block, {path: r.rounded(each.scale) for path, r in readers.items()}):
-                lost = sum(
-                    (now.float() - then.float()).square().sum().item()
-                    for now, then in zip(_outputs(block, samples), exact, strict=True)
-                )
+                after = _outputs(block, samples)
+            lost = sum(_lost(now, then) for now, then in zip(after, exact, strict=True))
             if lost < least:
                 best, least = each, lost
         return best
@@ -123,6 +104,12 @@ class AWQ:
 def _outputs(block: Block, samples: Sequence[int]) -> list[Tensor]:
     with torch.no_grad():
         return [block.forward([sample]) for sample in samples]
+
+
+def _lost(now: Tensor, then: Tensor) -> float:
+    """Return the sum over tokens of the squared error as a share of the token's own size: norms follow."""
+    error = (now.float() - then.float()).square().sum(-1)
+    return (error / then.float().square().sum(-1).clamp(min=1e-30)).sum().item()
 
 
 METHOD = AWQ

@@ -34,7 +34,7 @@ class KeyValueCache:
 
     reads = frozenset({"quant"})
     follows_original = False
-    merges = False
+    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         quant = options["quant"]
@@ -69,6 +69,8 @@ class KeyValueCache:
 
         with watched(block.module, note):
             block.collect({})
+        for seen in (each for module in block.module.modules() for each in ranges.get(module, ())):
+            seen.merge()
         for name, module in block.module.named_modules():
             for role, seen in zip(ROLES, ranges.get(module, ()), strict=False):
                 stored = stored_name(block.source, f"{path}.{name}")

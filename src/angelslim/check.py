@@ -1,0 +1,57 @@
+"""Layer 6: open a compressed folder again and look for what engines would trip over. Every run ends with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .base.console import bar
+from .base.errors import ModelError
+from .export._checkpoint import QuantizedCheckpoint, open_any
+from .export.base import FILES
+from .models.loading import Source
+
+
+def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
+    """Open a compressed folder; a plain model is a `ModelError`."""
+    source = open_any(folder)
+    if not isinstance(source.checkpoint, QuantizedCheckpoint):
+        raise ModelError(f"{folder} is not quantized.", fix="Compress it first: angelslim run METHOD MODEL.")
+    return source, source.checkpoint
+
+
+def check(folder: Path) -> int:
+    """Decode every layer of a compressed folder or file and look for what engines would trip over.
+
+    Shapes must be those of the model that config.json describes; codes and scales must agree in shape; scales must
+    be finite and positive; decoded weights, and those in full precision, finite. Returns how many quantized layers
+    there are.
+    """
+    if folder.is_file() and folder.suffix[1:] in FILES:
+        return FILES.get(folder.suffix[1:]).check(folder)
+    source, checkpoint = open_compressed(folder)
+    source.check()
+    with bar("checking", len(checkpoint.tensors)) as progress:
+        for name in checkpoint.tensors:
+            layer = name.removesuffix(".weight")
+            if not (
+                _sound(checkpoint, layer) if layer in checkpoint.parts else _finite(checkpoint.read(name))
+            ):
+                raise ModelError(
+                    f"{folder}: layer {layer!r} has a scale or weight that is not finite.",
+                    fix="Compress the model again.",
+                )
+            progress.advance()
+    return len(checkpoint.parts)
+
+
+def _sound(checkpoint: QuantizedCheckpoint, name: str) -> bool:
+    layer = checkpoint.restore(name)
+    scales = [layer.weight.scale, *([layer.input_scale] if layer.input_scale is not None else [])]
+    positive = all(_finite(scale) and bool((scale.float() > 0).all()) for scale in scales)
+    return positive and _finite(layer.weight.dequantize())
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.float().isfinite().all())

@@ -79,8 +79,7 @@ class Judged:
 
     def measure(self, recipe: str, settings: dict[str, Any]) -> tuple[dict[str, Any], Path]:
         """Compress once; return the figures and the folder."""
-        with tempfile.TemporaryDirectory(dir=self.work, delete=False) as made:
-            out = Path(made) / "out"
+        out = Path(tempfile.mkdtemp(dir=self.work)) / "out"
         start = time.process_time()
         compress(
             str(self.folder), recipe, out=out, dataset__data_path=str(self.data), dataset__num_samples=SAMPLES,

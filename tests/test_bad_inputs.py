@@ -137,9 +137,9 @@ def format_that_cannot_hold_the_scheme(folder, model):
     return ["int4_rtn", model, "compression.quantization.format=fp8_block"]
 
 
-@case("understood, but not built yet", "awq", "Built methods: gptq, rtn")
+@case("understood, but not built yet", "daq", "Built methods: gptq", "rtn")
 def method_that_is_not_built(folder, model):
-    return [recipe(folder, "compression:\n  quantization:\n    name: int4_awq\n"), model]
+    return [recipe(folder, "compression:\n  quantization:\n    name: daq\n"), model]
 
 
 @case("key-value caches are static FP8 E4M3", "compressed_tensors")
@@ -292,8 +292,8 @@ def mistyped_architecture(folder, model):
     return ["fp8_dynamic", model]
 
 
-@case("already quantized (fp8)", "full-precision model")
-def quantized_source(folder, model):
+@case("declares fp8 weights", "config.json that belongs to these weights")
+def declared_fp8_without_scales(folder, model):
     model = broken(folder, model)
     edit_json(model / "config.json", quantization_config={"quant_method": "fp8"})
     return ["fp8_dynamic", model]
@@ -368,7 +368,7 @@ def record_of_unknown_shape(folder, model):
     return data(folder, model, '{"inhalt": "text"}\n')
 
 
-@case("not built yet", "MultiModalDataset", "Use TextDataset")
+@case("is a text model", "no processor", "Use dataset.name: TextDataset")
 def data_of_another_kind(folder, model):
     return static(model, "dataset.name=MultiModalDataset")
 

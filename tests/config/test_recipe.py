@@ -27,8 +27,9 @@ def test_each_recipe_loads_asks_for_something_and_says_what_it_is_for(name):
     resolved = load(name)
     assert not resolved.warnings
     assert resolved.config.model.model_path is None
-    (stage,) = stages(resolved.config)
-    assert stage.scheme is not None
+    *before, stage = stages(resolved.config)
+    assert {each.kind for each in before} <= {"transform"}
+    assert stage.kind == "ptq" and stage.scheme is not None
     assert "lm_head" in stage.ignore
     assert recipes()[name].endswith((".", "size.", "time."))
     assert load(name.replace("_", "-")).config == resolved.config

@@ -42,6 +42,11 @@ class QuantizedCheckpoint(Checkpoint):
         suffix = f".{exporter.scale_name}"
         names = {tensor.removesuffix(suffix) for tensor in self.stored if tensor.endswith(suffix)}
         self.parts: dict[str, list[str]] = {name: [] for name in sorted(names)}
+        if not names:
+            raise ModelError(
+                f"{folder}: config.json declares {exporter.method} weights, and no tensor *{suffix} is there.",
+                fix="Use the config.json that belongs to these weights.",
+            )
         self.schemes: dict[str, Scheme] = exporter.schemes(settings, list(self.parts))
         for tensor in self.stored:
             name, _, leaf = tensor.rpartition(".")

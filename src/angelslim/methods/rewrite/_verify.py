@@ -59,7 +59,9 @@ def in_float32(source: Source) -> Source:
     config = deepcopy(source.config)
     for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
         part.dtype = torch.float32
-    return open_with(source.name, source.folder, config, source.checkpoint)
+    exact = open_with(source.name, source.folder, config, source.checkpoint)
+    exact.structure = source.structure  # the same modules; finding them again takes a forward
+    return exact
 
 
 def difference(exact: Source, edits: Mapping[str, Edit], stream: Rotation | None) -> tuple[float, str]:
@@ -69,6 +71,7 @@ def difference(exact: Source, edits: Mapping[str, Edit], stream: Rotation | None
     """
     view = RewrittenCheckpoint(exact.checkpoint, edits, dtype=torch.float32)
     rewritten = replace(exact, checkpoint=view)
+    rewritten.structure = exact.structure
     found = [(0.0, "")]
     kinds = {_kind(exact, index): index for index in reversed(range(len(exact.structure.blocks)))}
     for index in sorted(kinds.values()):

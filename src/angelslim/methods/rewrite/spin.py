@@ -93,7 +93,7 @@ class Spin:
             config.tie_word_embeddings = edits["tie_word_embeddings"] = False
         view = RewrittenCheckpoint(source.checkpoint, changes.edits, changes.added.values())
         rewritten = open_with(source.name, source.folder, config, view)
-        rewritten.edits = edits
+        rewritten.edits, rewritten.structure = edits, source.structure
         rewritten.check()
         return rewritten
 

@@ -24,7 +24,7 @@ from ...numerics.scheme import Scheme
 from ._shared import Place, Places, scale_dtype
 
 TRIED = 3  # of the best scales, in the block
-SAMPLES = 4  # that the block is tried on
+TOKENS = 2048  # of calibration samples drawn at random that the block is tried on, at least
 
 
 class AWQ:
@@ -36,8 +36,6 @@ class AWQ:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))
-        self.tried = int(options.get("tried", TRIED))
-        self.n = int(options.get("n", SAMPLES))
         self.places = Places("rescaling")
 
     def needs_data(self, scheme: Scheme) -> bool:
@@ -57,14 +55,11 @@ class AWQ:
             return
         seen = {place.head: Moments(place.fold.width, block.device) for place in found}
         block.collect({head: inputs.update for head, inputs in seen.items()})
-        samples = range(0, block.samples, -(-block.samples // self.n))
-        exact = _outputs(block, samples)
+        exact = _drawn(block)
         for place in found:
-            self._rescale(block, place, seen.pop(place.head), samples, exact)
+            self._rescale(block, place, seen.pop(place.head), exact)
 
-    def _rescale(
-        self, block: Block, place: Place, seen: Moments, samples: Sequence[int], exact: Sequence[Tensor]
-    ) -> None:
+    def _rescale(self, block: Block, place: Place, seen: Moments, exact: Mapping[int, Tensor]) -> None:
         readers = {}
         for layer in place.layers:
             weight = block.weight(layer)
@@ -72,7 +67,7 @@ class AWQ:
         mean = place.fold.shared(seen.mean, "mean")
         share = place.fold.shared(column_share([*readers.values()]), "mean")
         ranked = search([*readers.values()], mean, share, seen.matrix, duo=self.duo)
-        best = self._best(block, readers, ranked, samples, exact)
+        best = self._best(block, readers, ranked, exact)
         if not best.plain:
             done = fold.apply(block, place.fold, best.scale)
             if isinstance(done, str):
@@ -83,27 +78,32 @@ class AWQ:
         block: Block,
         readers: Mapping[str, Reader],
         ranked: Sequence[Candidate],
-        samples: Sequence[int],
-        exact: Sequence[Tensor],
+        exact: Mapping[int, Tensor],
     ) -> Candidate:
         """Return the scale with which the block as a whole loses least."""
         plain = next(each for each in ranked if each.plain)
-        best, least = plain, float("inf")
-        better = ranked[: ranked.index(plain)][: self.tried]
+        better = ranked[: ranked.index(plain)][:TRIED]
         if not better:
             return plain
+        losses = {}
         for each in (plain, *better):
-            with fold.with_values(block, {path: r.rounded(each.scale) for path, r in readers.items()}):
-                after = _outputs(block, samples)
-            lost = sum(_lost(now, then) for now, then in zip(after, exact, strict=True))
-            if lost < least:
-                best, least = each, lost
-        return best
+            values = {path: reader.rounded(each.scale) for path, reader in readers.items()}
+            with fold.with_values(block, values), torch.no_grad():
+                losses[each] = sum(_lost(block.forward([sample]), output) for sample, output in exact.items())
+        return min(losses, key=lambda each: losses[each])
 
 
-def _outputs(block: Block, samples: Sequence[int]) -> list[Tensor]:
-    with torch.no_grad():
-        return [block.forward([sample]) for sample in samples]
+def _drawn(block: Block) -> dict[int, Tensor]:
+    """Return samples drawn at random, and the block's outputs for them."""
+    order = torch.randperm(block.samples, generator=torch.Generator().manual_seed(0)).tolist()
+    exact: dict[int, Tensor] = {}
+    tokens = 0
+    for sample in order:
+        if tokens < TOKENS:
+            with torch.no_grad():
+                exact[sample] = block.forward([sample])
+            tokens += exact[sample].shape[:-1].numel()
+    return exact
 
 
 def _lost(now: Tensor, then: Tensor) -> float:

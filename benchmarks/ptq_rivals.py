@@ -72,10 +72,10 @@ def subjects(options: argparse.Namespace, settings: Settings) -> list[tuple[Subj
     return found
 
 
-def run(bench: Bench, subject: Subject, groups: Any, seeds: int, only: list[str]) -> list[dict[str, Any]]:
+def run(bench: Bench, subject: Subject, groups: Any, seeds: range, only: list[str]) -> list[dict[str, Any]]:
     """Measure a model's groups, seed by seed, and return the rows."""
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         for group in groups:
             turn = seed % len(group)
             for entry in (*group[turn:], *group[:turn]):
@@ -116,6 +116,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=3, help="calibration seeds, and repetitions of the times"
     )
+    parser.add_argument("--first-seed", type=int, default=0, help="leave out the seeds before this one")
+    parser.add_argument(
+        "--untimed", action="store_true", help="the machine is busy: use these rows for quality only"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256, help="of a sample and of a held-out window")
     parser.add_argument("--windows", type=int, default=48, help="held-out windows")
@@ -135,13 +139,13 @@ def main() -> None:
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     settings = Settings(options.samples, options.tokens, options.windows, options.examples)
-    bench = Bench(options.work, options.rivals.resolve(), options.threads)
+    bench = Bench(options.work, options.rivals.resolve(), options.threads, timed=not options.untimed)
     only = [part for part in options.only.split(",") if part]
     rows: list[dict[str, Any]] = []
     originals = {}
     for subject, groups in subjects(options, settings):
         originals[subject.name] = subject.judge.scores
-        rows += run(bench, subject, groups, options.seeds, only)
+        rows += run(bench, subject, groups, range(options.first_seed, options.seeds), only)
     raw = {
         "settings": {**vars(settings), "seeds": options.seeds, "threads": options.threads},
         "originals": originals,
@@ -151,7 +155,7 @@ def main() -> None:
     }
     for line in raw["gains"]:
         print(line)
-    whole = not only and not any("error" in row for row in rows) and {*originals} == {*MODELS}
+    whole = not only and not options.first_seed and not any("error" in row for row in rows) and {*originals} == {*MODELS}
     write("ptq_rivals", raw, all_bars(rows), RESULTS if whole else options.work)
     if not whole:
         print(f"Only a part was measured; it stands in {options.work / 'ptq_rivals.json'}.")

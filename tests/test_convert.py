@@ -296,6 +296,25 @@ def test_check_finds_a_bad_scale(value, blocks, tmp_path):
         check(folder)
 
 
+def test_check_finds_a_code_that_is_no_number(blocks, tmp_path):
+    folder = copy_model(blocks, tmp_path / "bad")
+    tensors = load_file(folder / "model.safetensors")
+    for bits in (0x7F, 0xFF):
+        tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[-1, -1] = bits
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
+            check(folder)
+
+
+def test_check_finds_a_scale_that_decodes_to_infinity(blocks, tmp_path):
+    folder = copy_model(blocks, tmp_path / "bad")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_scale_inv"][0, 0] = 1e38
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
+        check(folder)
+
+
 def test_check_looks_at_weights_in_full_precision_too(blocks, tmp_path):
     folder = copy_model(blocks, tmp_path / "bad")
     tensors = load_file(folder / "model.safetensors")

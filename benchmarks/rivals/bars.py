@@ -62,7 +62,7 @@ def all_bars(rows: list[Row]) -> list[Row]:
             continue
         found += _quality(model, mine)
         if model == "bench-lm":
-            found += _speed(mine)
+            found += _speed([row for row in mine if row["timed"]])
     return found
 
 
@@ -150,6 +150,7 @@ def _line(key: tuple[str, str, str], rows: list[Row]) -> Row:
             found[figure] = statistics.fmean(values)
     kls = [row["kl"] for row in rows]
     found["kl_spread"] = statistics.stdev(kls) if len(kls) > 1 else None
-    for figure in COSTS:
-        found[figure] = statistics.median(row[figure] for row in rows)
+    timed = [row for row in rows if row["timed"]]
+    for figure in COSTS if timed else ():
+        found[figure] = statistics.median(row[figure] for row in timed)
     return found

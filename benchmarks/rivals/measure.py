@@ -79,6 +79,7 @@ class Bench:
     work: Path
     environments: Path
     threads: int
+    timed: bool = True  # whether the machine is idle enough for times to mean something
 
     def row(self, model: str, entry: Entry, seed: int) -> Path:
         """Return the file of one finished row."""
@@ -90,6 +91,7 @@ class Bench:
         if path.is_file():
             return dict(json.loads(path.read_text("utf-8")))
         found = {"model": subject.name, "tool": entry.tool, "recipe": entry.recipe, "seed": seed}
+        found["timed"] = self.timed
         out = self.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         found |= self._run(subject.folder, subject.ids(seed), entry, out)

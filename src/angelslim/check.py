@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .base.console import bar
@@ -11,6 +12,8 @@ from .base.errors import ModelError
 from .export._checkpoint import QuantizedCheckpoint, open_any
 from .export.base import FILES
 from .models.loading import Source
+
+LARGEST_CODE = 512.0  # above every code: 448 in E4M3, 255 between an INT8 code and its zero point
 
 
 def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
@@ -22,7 +25,7 @@ def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
 
 
 def check(folder: Path) -> int:
-    """Decode every layer of a compressed folder or file and look for what engines would trip over.
+    """Unpack every layer of a compressed folder or file and look for what engines would trip over.
 
     Shapes must be those of the model that config.json describes; codes and scales must agree in shape; scales must
     be finite and positive; decoded weights, and those in full precision, finite. Returns how many quantized layers
@@ -47,11 +50,19 @@ def check(folder: Path) -> int:
 
 
 def _sound(checkpoint: QuantizedCheckpoint, name: str) -> bool:
+    """Say whether a layer decodes to finite numbers, without decoding it: codes and their largest product are."""
     layer = checkpoint.restore(name)
     scales = [layer.weight.scale, *([layer.input_scale] if layer.input_scale is not None else [])]
     positive = all(_finite(scale) and bool((scale.float() > 0).all()) for scale in scales)
-    return positive and _finite(layer.weight.dequantize())
+    bounded = positive and _finite(layer.weight.scale.float().amax() * LARGEST_CODE)
+    return bounded and _finite(layer.weight.codes)
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.float().isfinite().all())
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:  # no infinities, and one NaN of each sign: all bits set
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    if tensor.itemsize == 1:
+        tensor = tensor.float()
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

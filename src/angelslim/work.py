@@ -167,7 +167,8 @@ def _stream_block(
             for name in tensors.names
         }
         own = tuple(layer for layer in layers if layer.tensor not in owned)
-        block = Block(job.source, index, own, groups, job.device, runner)
+        streamed = tuple(layer for layer in layers if layer.tensor in owned)
+        block = Block(job.source, index, own, groups, job.device, runner, streamed=streamed)
         _steps(job, block)
         _settle(job, block, _parameters(job), done)
         with bar(
@@ -228,7 +229,7 @@ def _settle(job: Job, block: Block, stored: Mapping[str, str], done: Done) -> No
     block.results.clear()
 
 
-def _samples(job: Job) -> list[Sample]:
+def calibration_samples(job: Job) -> list[Sample]:
     """Return the calibration samples that the recipe asks for; ids beyond the vocabulary are a `DataError`."""
     data, seed = job.config.dataset, job.config.global_.seed
     if data.name == "TextDataset":
@@ -265,7 +266,7 @@ def _samples(job: Job) -> list[Sample]:
 
 
 def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
-    samples = _samples(job)
+    samples = calibration_samples(job)
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
     follow = job.follows_original
     stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)

@@ -1,7 +1,12 @@
 """Freed tensors go back to the system: the resident size of a child process is read, not timed."""
 
+import gc
 import subprocess
 import sys
+
+import pytest
+
+from angelslim.base import memory
 
 PROGRAM = """
 import os, torch
@@ -40,3 +45,18 @@ print(subprocess.run([{sys.executable!r}, "-c", program], capture_output=True, t
 """
     done = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True)
     assert 2**20 < int(done.stdout) < 200 * 2**20
+
+
+def test_the_collector_pauses_and_leaves_alone_what_was_loaded():
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(KeyError), memory.collector_paused():
+            assert not gc.isenabled()
+            with memory.collector_paused():
+                pass
+            assert not gc.isenabled() and gc.get_freeze_count() == frozen
+            raise KeyError
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.enable()
+        gc.unfreeze()

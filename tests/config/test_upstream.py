@@ -10,7 +10,9 @@ from angelslim.numerics.scheme import PRESETS
 def ask(name, _section=None, **method):
     section = {"name": name, "quant_method": method, **(_section or {})}
     (*before, stage) = stages(load({"compression": {"name": "PTQ", "quantization": section}}).config)
-    assert [each.method for each in before] == (["kv_cache"] if stage.scheme and stage.scheme.kv else [])
+    caches = ["kv_cache"] if stage.scheme and stage.scheme.kv else []
+    own = METHODS[name].transforms if name in METHODS else ()
+    assert [each.method for each in before] == [*own, *caches]
     return stage
 
 
@@ -34,8 +36,9 @@ def ask(name, _section=None, **method):
         ("int4_rtn", {"group_size": 32}, "rtn", "W int4 per-group 32"),
         ("int4_rtn", {"weight": "per-group", "group_size": -1}, "rtn", "W int4 per-channel"),
         ("int4_rtn", {"zero_point": True}, "rtn", "W int4 per-group 128 asymmetric"),
-        ("int4_awq", {}, "awq", "W int4 per-group 128 asymmetric"),
-        ("int4_awq", {"zero_point": False, "group_size": 64}, "awq", "W int4 per-group 64"),
+        ("int4_awq", {}, "rtn", "W int4 per-group 128 asymmetric"),
+        ("int4_awq", {"zero_point": False, "group_size": 64}, "rtn", "W int4 per-group 64"),
+        ("int8_gptq", {}, "gptq", "W int8 per-channel, A int8 per-token dynamic"),
         ("int4_gptq", {"weight": "per-channel"}, "gptq", "W int4 per-channel"),
         ("w4a8_fp8", {"weight": "per-group", "group_size": 128, "activation": "per-tensor"}, "rtn",
          "W int4 per-group 128, A fp8_e4m3 per-tensor static"),
@@ -77,7 +80,8 @@ def test_formats_that_the_numerics_lack_keep_every_word():
 def test_options_hold_what_was_given_and_no_more():
     assert ask("fp8_static").options == {}
     assert ask("int4_gptaq", actorder=False).options == {"gptaq": True, "actorder": False}
-    assert ask("int4_awq", mse_range=True).options == {"mse_range": True}
+    assert ask("int4_awq").options == {"mse_range": True}
+    assert ask("int4_awq", mse_range=False).options == {"mse_range": False}
     observer = {"observer": "percentile", "percentile": 99.0}
     assert ask("fp8_static", observer).options == observer
     assert ask("fp8_static", {"observer": "mse", "percentile": 99.0}).options == {"observer": "mse"}
@@ -106,6 +110,23 @@ def test_smoothing_comes_first():
     first, second = stages(load({"compression": {"quantization": section}}).config)
     assert (first.kind, first.method, first.options) == ("transform", "smooth", {"alpha": 0.8})
     assert second.method == "rtn"
+    section |= {"quant_helpers": ["awq", "smooth"], "smooth_alpha": "search", "quant_method": {"duo": False}}
+    found = stages(load({"compression": {"quantization": section}}).config)
+    assert [(each.method, each.options) for each in found] == [
+        ("smooth", {"alpha": "search"}),
+        ("awq", {"duo": False}),
+        ("rtn", {}),
+    ]
+
+
+def test_awq_is_a_transform_of_any_rounding():
+    section = {"name": "int4_gptq", "quant_helpers": ["awq"]}
+    assert [each.method for each in stages(load({"compression": {"quantization": section}}).config)] == [
+        "awq",
+        "gptq",
+    ]
+    twice = {"name": "int4_awq", "quant_helpers": ["awq"]}
+    assert len(stages(load({"compression": {"quantization": twice}}).config)) == 2
 
 
 def test_caches_are_fp8_whatever_the_weights_are():

@@ -47,7 +47,7 @@ def test_every_mixture_of_the_list_can_be_streamed(family, tmp_path):
 
 
 def test_an_expert_sees_the_tokens_the_router_sent_and_gives_what_the_stack_gives(tmp_path):
-    source, stream = opened("qwen3_moe", tmp_path)
+    _source, stream = opened("qwen3_moe", tmp_path)
     whole = random_model("qwen3_moe").model.layers[0].mlp.experts
     with stream.resident(0):
         stream.run(0, {}, keep=True)

@@ -46,3 +46,17 @@ def test_a_record_survives_json():
         "a", 0, "W int8", (2, 3), 8.5, math.inf, 0.0, weights=Histogram(0.0, 1.0, [1], [1]), input_scale=0.5
     )
     assert LayerRecord.from_dict(json.loads(json.dumps(asdict(record)))) == record
+
+
+def test_large_tensors_are_measured_part_by_part_and_nothing_is_left_out():
+    generator = torch.Generator().manual_seed(5)
+    before = torch.randn(150_001, generator=generator)
+    before[-1] = 9.0  # the largest value lies in the last, ragged part
+    after = (before * 8).round() / 8
+    noise, signal = (before - after).double().square().sum(), before.double().square().sum()
+    assert error_of(before, after)[1] == pytest.approx(math.sqrt(noise / signal), rel=1e-5)
+    counted = Histogram.of(before, after)
+    assert counted.high == 9.0 and sum(counted.before) == sum(counted.after) == 150_001
+    low = float(before.min())
+    expected = torch.histc(before, len(counted.before), low, 9.0).long().tolist()
+    assert counted.before == expected

@@ -28,6 +28,16 @@ def test_scales_map_the_largest_magnitude_to_the_largest_code(states):
     torch.testing.assert_close(ranges.scale(TENSOR), expected.max().reshape(1))
 
 
+def test_processes_take_the_largest(states, monkeypatch):
+    mine, theirs = HeadRanges(), HeadRanges()
+    mine.update(states[0])
+    theirs.update(states[2])
+    monkeypatch.setattr("angelslim.base.parallel.highest", lambda value: torch.maximum(value, theirs.amax))
+    mine.merge()
+    every = torch.cat([states[0], states[2]], dim=2)
+    torch.testing.assert_close(mine.amax, every.abs().amax(dim=(0, 2, 3)))
+
+
 def test_a_silent_head_gets_the_scale_1():
     ranges = HeadRanges()
     ranges.update(torch.tensor([0.0, -2.0]).reshape(1, 2, 1, 1))

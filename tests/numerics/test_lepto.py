@@ -81,6 +81,15 @@ def test_counts_do_not_depend_on_how_the_values_come(monkeypatch):
     assert torch.equal(whole.counts, parts.counts) and torch.equal(whole.weights, parts.weights)
 
 
+def test_processes_count_as_one(monkeypatch):
+    values = heavy_tailed()
+    whole, mine, theirs = (counted(part) for part in (values, values[:300], values[300:]))
+    others = iter([theirs.counts, theirs.weights])
+    monkeypatch.setattr("angelslim.base.parallel.total", lambda value: value + next(others))
+    mine.merge()
+    assert torch.equal(mine.counts, whole.counts) and torch.equal(mine.weights, whole.weights)
+
+
 def test_nothing_zeros_and_the_largest_numbers_can_be_counted():
     assert MagnitudeCounts(torch.ones(2)).outlier(0.5) == 0.0
     zeros = counted(torch.zeros(4, 2))
@@ -131,6 +140,9 @@ def test_the_shortlist_is_the_best_of_those_that_promise_a_gain():
     ranked = sorted(found, key=lambda each: counts.error(each.scale, GRID))
     middle = len(ranked) // 2
     offered = [ranked[middle], *ranked[middle + 1 :], *ranked[:middle]]  # the first is what has to be beaten
-    assert [each.name for each in shortlist(counts, offered, GRID, 3)] == [each.name for each in ranked[:3]]
-    assert shortlist(counts, offered, GRID, 99) == ranked[:middle]
-    assert shortlist(counts, ranked, GRID, 3) == []
+    kept, share = shortlist(counts, offered, GRID, 3)
+    assert [each.name for each in kept] == [each.name for each in ranked[:3]]
+    best, beaten = (counts.error(each.scale, GRID) for each in (ranked[0], ranked[middle]))
+    assert share == pytest.approx(1 - best / beaten) and 0 < share < 1
+    assert shortlist(counts, offered, GRID, 99)[0] == ranked[:middle]
+    assert shortlist(counts, ranked, GRID, 3) == ([], 0.0)

@@ -321,3 +321,15 @@ def test_dequantize_is_codes_minus_zero_times_scale():
         quant,
     )
     assert decoded.tolist() == [[1.0, -3.0]]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bands_of_rows_change_nothing(granularity, symmetric, monkeypatch):
+    quant = Quant(FORMATS["int8"], granularity, symmetric)
+    matrix = torch.randn(23, 48, generator=torch.Generator().manual_seed(3))
+    whole = quantize(matrix, quant)
+    decoded = whole.dequantize()
+    monkeypatch.setattr("angelslim.numerics.quantize.BAND", 3 * 48)
+    banded = quantize(matrix, quant)
+    assert torch.equal(banded.codes, whole.codes) and torch.equal(banded.dequantize(), decoded)

@@ -5,13 +5,19 @@ glibc serves allocations below a threshold from a heap that only shrinks at its 
 still grows by tens of megabytes a block. Fixing the threshold makes large tensors mappings of their own, which
 go back when freed. That has to happen before the first large allocation: a hole that is already there, touched
 or not, serves later requests before a mapping is made. `trim` gives back what has gathered in holes since.
+
+Python's own collector of cycles walks through everything that is alive, again and again while large libraries are
+being loaded, and finds nothing: a quarter of the time that loading takes. `collector_paused` spares that.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,23 @@ def trim() -> None:
     malloc_trim = _glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Load modules without looking for cycles; the collector leaves alone what is alive at the end.
+
+    For the start of a program: what it loads stays until it exits. A collector that is switched off stays off.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _glibc(function: str) -> Any:

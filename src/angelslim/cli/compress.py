@@ -12,6 +12,7 @@ import typer
 
 from ..base import console
 from ..base.errors import ConfigError
+from ..base.memory import collector_paused
 
 if TYPE_CHECKING:
     from ..job import Job
@@ -71,10 +72,11 @@ def run(
     The folder holds what engines load, report.html, a model card (README.md), run.yaml and run.json. A run that was
     killed continues where it stopped when the same command is given again.
     """
-    from .. import pipeline
-    from ..report.summary import layers_table, results_table
+    with collector_paused():
+        from .. import pipeline
+        from ..report.summary import layers_table, results_table
 
-    job = _job(recipe, rest, seed)
+        job = prepared_job(recipe, rest, seed)
     target = out or Path(job.config.global_.save_path) / f"{Path(job.source.name).name}-{job.name}"
     record = pipeline.run(job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite)
     console.out.print(results_table([record]))
@@ -90,9 +92,10 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a run would do and cost, and start nothing."""
-    from ..plan import estimate
+    with collector_paused():
+        from ..plan import estimate
 
-    found = estimate(_job(recipe, rest, seed))
+        found = estimate(prepared_job(recipe, rest, seed))
     if json:
         typer.echo(found.to_json())
         return
@@ -117,7 +120,8 @@ def quickstart(
     console.out.print(f"Report: {page}", soft_wrap=True)
 
 
-def _job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
+def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
+    """Return the job that a recipe, a model and overrides ask for, as the command line spells them."""
     from ..config.recipe import load
     from ..job import prepare
 

@@ -1,8 +1,8 @@
 """The section ``compression.quantization``: which numbers, which algorithm, which layers.
 
 The public keys keep the public dialect's names. Ours are `scheme`, `overrides`, `observer`, `percentile`, `format`,
-`quantize_lm_head`, `quantize_embeddings`, and `alpha`, `damp` and `lepto_extended` of `quant_method`. `upstream.stages` turns
-this section into a method and a `numerics.scheme.Scheme`.
+`quantize_lm_head`, `quantize_embeddings`, and `alpha`, `damp`, `lepto_extended` and `lepto_margin` of `quant_method`.
+`upstream.stages` turns this section into a method and a `numerics.scheme.Scheme`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class QuantMethod(Section):
     mse_range: bool | None = None
     actorder: bool | None = None
     alpha: Share | None = None  # GPTAQ: share of the drift that is corrected
+    duo: bool | None = None  # AWQ: whether scales that also look at the weights are tried
     damp: Share | None = None  # GPTQ: share of the mean diagonal that is added to the Hessian
     lepto_extended: bool | None = None  # LeptoQuant: candidates beyond the paper's
+    lepto_margin: Share | None = None  # LeptoQuant: what a block's scales must gain to be kept
     dequant_to_bf16: bool | None = None
     num_workers: Int | None = None
     share_gate_up_weight_scale_2: bool | None = None
@@ -85,7 +87,7 @@ class Quantization(Section):
     bits: Int | None = None
     quant_method: QuantMethod = Field(default_factory=QuantMethod)
     quant_helpers: Words = Field(default_factory=list)
-    smooth_alpha: Share | None = None
+    smooth_alpha: Share | Literal["search"] | None = None
     ignore_layers: Words = Field(default_factory=list)
     modules_to_quantize: Words = Field(default_factory=list)
     low_memory: bool | None = None  # accepted; streaming blocks is the only way runs work here

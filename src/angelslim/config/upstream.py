@@ -52,6 +52,7 @@ class Method:
     base: str  # the scheme it starts from: a preset's name, or one of `schemes.EXTRA`
     options: tuple[tuple[str, object], ...] = ()
     bits: tuple[int, ...] = (8,)
+    transforms: tuple[str, ...] = ()  # what it does to the weights before they are rounded
 
 
 METHODS: dict[str, Method] = {
@@ -63,8 +64,9 @@ METHODS: dict[str, Method] = {
     "daq": Method("daq", "fp8_block"),
     "int8_static": Method("rtn", "int8_static"),
     "int8_dynamic": Method("rtn", "int8_dynamic"),
+    "int8_gptq": Method("gptq", "int8_dynamic"),
     "int4_rtn": Method("rtn", "int4", bits=(4,)),
-    "int4_awq": Method("awq", "int4_asym", bits=(4,)),
+    "int4_awq": Method("rtn", "int4_asym", (("mse_range", True),), bits=(4,), transforms=("awq",)),
     "int4_gptq": Method("gptq", "int4", bits=(4,)),
     "int4_gptaq": Method("gptq", "int4", (("gptaq", True),), bits=(4,)),
     "w4a8_fp8": Method("rtn", "w4a8_fp8", bits=(4, 8)),
@@ -99,6 +101,7 @@ _METHOD_SWITCHES = (
     "damp",
     "dequant_to_bf16",
     "lepto_extended",
+    "lepto_margin",
     "share_gate_up_weight_scale_2",
 )
 _HEADS = ("lm_head", "model.lm_head")
@@ -187,12 +190,9 @@ def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None]
 
 def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
     method, scheme = method_of(section, where)
-    if "smooth" in section.quant_helpers:
-        alpha = 0.5 if section.smooth_alpha is None else section.smooth_alpha
-        yield Stage("transform", "smooth", None, {"alpha": alpha}, ignored_layers(section))
-    for helper in section.quant_helpers:
-        if helper != "smooth":
-            yield Stage("transform", helper, None, {}, ignored_layers(section))
+    helpers = dict.fromkeys([*section.quant_helpers, *method.transforms])
+    for helper in sorted(helpers, key=lambda name: name != "smooth"):
+        yield Stage("transform", helper, None, _helper_options(helper, section), ignored_layers(section))
     if scheme is not None and scheme.kv is not None:
         yield Stage("transform", "kv_cache", None, {"quant": scheme.kv}, ignored_layers(section))
     options = {**dict(method.options), **switches(section)}
@@ -200,6 +200,13 @@ def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
         options |= section.quant_method.given()
     others = schemes.overrides(section, scheme, where)
     yield Stage("ptq", method.algorithm, scheme, options, ignored_layers(section), others)
+
+
+def _helper_options(helper: str, section: Quantization) -> dict[str, object]:
+    if helper == "smooth":
+        return {"alpha": 0.5 if section.smooth_alpha is None else section.smooth_alpha}
+    duo = section.quant_method.duo
+    return {"duo": duo} if helper == "awq" and duo is not None else {}
 
 
 def switches(section: Quantization) -> dict[str, object]:

@@ -78,6 +78,8 @@ class Block:
         default_factory=dict
     )  # checkpoint tensors that the source does not have
     advanced: bool = False
+    streamed: tuple[Layer, ...] = ()  # layers of its streamed experts, which come later as blocks of their own
+    expert_scales: dict[str, Tensor] = field(default_factory=dict)  # stack's path -> what its inputs were scaled by
 
     @property
     def samples(self) -> int:
@@ -138,7 +140,10 @@ class Block:
 
         Returns False where the experts are not streamed, and so cannot be changed.
         """
-        return self._runner.scale_expert_inputs(path, scale)
+        done = self._runner.scale_expert_inputs(path, scale)
+        if done:
+            self.expert_scales[path] = self.expert_scales.get(path, 1.0) * scale
+        return done
 
     def extra(self, name: str, tensor: Tensor) -> None:
         """Add a tensor to the written checkpoint, such as the scale of a KV cache."""

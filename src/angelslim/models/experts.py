@@ -227,6 +227,10 @@ class ExpertRunner:
         rows += [self.extra] if len(self.extra) else []
         return list(torch.split(torch.cat(rows), CHUNK)) if rows else []
 
+    def _nothing(self) -> Tensor:
+        """No tokens ``[0, hidden]``: other processes have some."""
+        return next(iter(self.experts.asked.values())).hidden[:0]
+
     def _ours(self, entry: int) -> bool:
         return entry < self.experts.originals
 
@@ -316,7 +320,7 @@ class ExpertRunner:
 
     def forward(self, samples: Sequence[int]) -> Tensor:
         """Return the expert's output for pieces of its tokens ``[1, tokens, hidden]``."""
-        pieces = self._pieces
+        pieces = self._pieces or [self._nothing()]
         output: Tensor = self.module(torch.cat([pieces[i] for i in samples])[None].to(self.experts.device))
         return output
 

@@ -27,10 +27,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..base import parallel
 from .block import Block
 from .structure import Group
 
 PROBED = 0  # the calibration sample that foldings are verified on
+UNREACHED = "no token of the sample that it is tried on reaches it"
 NO_MAKER = "nothing makes its input in a way that can be rescaled"
 
 
@@ -68,7 +70,12 @@ def find(block: Block, group: Group) -> Fold | str:
         if not _readable(block, reader, width):
             return f"{reader} also reads the input, and its weights cannot be rescaled"
     before = _observe(block, group)
+    if not _agreed(all(path in before.inputs for path in (*group.linears, *group.others))):
+        return UNREACHED
+    readers = [f"{path}.weight" for path in group.linears]
     for options in _candidates(block, group, width):
+        if not all(_stored_plainly(block, path) for path in (*readers, *options[0].parameters)):
+            continue
         for fold in _matching(block, options, before):
             if _compensates(block, fold, before):
                 return fold
@@ -133,6 +140,12 @@ def _readable(block: Block, path: str, width: int) -> bool:
         return block.scale_expert_inputs(path, torch.ones(width, device=block.device))
     shapes = [tuple(value.shape) for value in submodule(block, path).parameters(recurse=False)]
     return all(len(shape) == 1 or (len(shape) == 2 and shape[1] == width) for shape in shapes)
+
+
+def _stored_plainly(block: Block, path: str) -> bool:
+    """Say whether the checkpoint has a parameter as it is, so that another value of it can be written."""
+    tensors = block.source.tensors_of.get(path)
+    return tensors is None or block.source.targets[tensors[0]].pattern is None
 
 
 def _stacked(block: Block, group: Group) -> list[str]:
@@ -256,7 +269,7 @@ def _matching(block: Block, options: Sequence[Fold], before: _Seen) -> Iterator[
         after = _observe(block, options[0].group).inputs
     for fold in options:
         columns = fold.spread(realised)
-        if after and all(_close(after[path].float() * columns, x) for path, x in before.inputs.items()):
+        if _agreed(all(_close(after.get(path), columns, then) for path, then in before.inputs.items())):
             yield fold
 
 
@@ -270,14 +283,22 @@ def _compensates(block: Block, fold: Fold, before: _Seen) -> bool:
         pairs += zip(after.outputs[path], outputs, strict=True)
     # Powers of two are exact; 1 + w is not, and its error is that of storing the weights.
     room = 4 * torch.finfo(before.block.dtype).eps if fold.offset else 1e-6
-    return all((now - then).abs().max() <= room * then.abs().max() for now, then in pairs if then.numel())
+    same = ((now - then).abs().max() <= room * then.abs().max() for now, then in pairs if then.numel())
+    return _agreed(all(same))
 
 
-def _close(now: Tensor, then: Tensor) -> bool:
-    """Compare element by element, up to a few roundings of the type."""
+def _close(now: Tensor | None, columns: Tensor, then: Tensor) -> bool:
+    """Compare inputs times their scale with what they were, element by element, up to a few roundings of the type."""
+    if now is None or now.shape != then.shape:
+        return False
     room = 8 * torch.finfo(then.dtype).eps
     then = then.float()
-    return bool(((now - then).abs() <= room * then.abs()).all())
+    return bool(((now.float() * columns - then).abs() <= room * then.abs()).all())
+
+
+def _agreed(holds: bool) -> bool:
+    """Say whether something holds in every process of the run: each tries its own sample."""
+    return not parallel.total_count(int(not holds))
 
 
 # ------------------------------------------------------------------------------------------- the values

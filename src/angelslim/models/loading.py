@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
-from .structure import PROBE, Structure, discover, register_probe
+from .structure import PROBE, Structure, discover, find_blocks, register_probe
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Source:
         for tensor, target in self.targets.items():
             if target.pattern is None:
                 self._check_shape(target.parameter, self.checkpoint.tensors[tensor].shape)
-        for block in self.structure.blocks:
+        for block in find_blocks(self.model)[1]:
             for name, _ in self.model.get_submodule(block).named_parameters(prefix=block):
                 if name not in self.tensors_of and self._tied(name) == name:
                     raise self._absent(name)

@@ -63,7 +63,7 @@ class Overrides:
         if not self.decided:
             return
         together: dict[object, list[str]] = {}
-        keys = _fused(structure)
+        keys = fused_with(structure)
         for name in schemes:
             expert = _EXPERT.match(name)
             together.setdefault(expert[1] if expert else keys.get(name, name), []).append(name)
@@ -78,7 +78,7 @@ class Overrides:
             )
 
 
-def _fused(structure: Structure) -> dict[str, object]:
+def fused_with(structure: Structure) -> dict[str, object]:
     """Return, for each linear of the blocks, what it shares with those that engines join it with.
 
     These read the same tensor and lie in the same module: q, k, v; gate, up; the first projections of MLA.

@@ -222,6 +222,26 @@ def last_step(grid: Format) -> float:
     return grid.high - near[near < grid.high].max().item()
 
 
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's correlation: 1 when both put things in the same order, 0 when the orders are unrelated.
+
+    Equal values share the mean of their ranks. Constant values correlate with nothing.
+
+    >>> rank_correlation([1, 2, 3, 4], [10, 20, 40, 30])
+    0.8
+    """
+    x, y = (_ranks(torch.tensor(list(values), dtype=torch.float64)) for values in (one, other))
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(x.square().sum().item() * y.square().sum().item())
+    return round((x * y).sum().item() / size, 12) if size > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    below = (values[None, :] < values[:, None]).sum(1)
+    equal = (values[None, :] == values[:, None]).sum(1)
+    return below + (equal + 1) / 2
+
+
 def robust_scores(values: Sequence[float], floor: float = 0.0) -> list[float]:
     """Return how many robust standard deviations each value lies above the median.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BINS = 64
+PART = 1 << 16  # values worked on at a time: what is in between stays in the processor's cache
 SAMPLE = 1 << 18  # values that a histogram looks at
 
 
@@ -31,12 +32,13 @@ class Histogram:
         """Bin two tensors of one shape over the range of the first; large ones by a regular sample."""
         step = max(1, before.numel() // SAMPLE) | 1  # odd, so that no column of a matrix is favoured
         before, after = before.reshape(-1)[::step], after.reshape(-1)[::step]
-        low, high = (float(value) for value in torch.aminmax(before.float()))
+        ranges = [torch.aminmax(part.float()) for part in _parts(before)]
+        low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
         high = high if high > low else low + 1.0
-        count = [
-            torch.histc(tensor.float().clamp(low, high), bins, low, high).long().tolist()
-            for tensor in (before, after)
-        ]
+        count = []
+        for tensor in (before, after):
+            parts = [torch.histc(part.float().clamp(low, high), bins, low, high) for part in _parts(tensor)]
+            count.append(torch.stack(parts).long().sum(0).tolist())
         return cls(low, high, count[0], count[1])
 
 
@@ -73,15 +75,23 @@ def error_of(original: Tensor, quantized: Tensor) -> tuple[float, float]:
     """Return (SQNR in dB, relative error) of two tensors of one shape.
 
     The relative error is ``||x - q|| / ||x||`` in the Frobenius norm. Nothing lost gives (inf, 0). Squares are
-    float32, their sums pairwise: exact to about six digits, at the price of one pass over memory.
+    float32, their sums pairwise: exact to about six digits, at the price of one pass over memory, a part at a time.
 
     >>> error_of(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
     (20.0, 0.1)
     """
-    exact = original.float()
-    signal = exact.square().sum().item()
-    noise = (exact - quantized.float()).square_().sum().item()
+    signal = noise = 0.0
+    for before, after in zip(_parts(original.reshape(-1)), _parts(quantized.reshape(-1)), strict=True):
+        exact = before.float()
+        signal += exact.square().sum().item()
+        noise += (exact - after.float()).square_().sum().item()
     if noise == 0:
         return math.inf, 0.0
     ratio = noise / max(signal, 1e-300)
     return -10 * math.log10(ratio), math.sqrt(ratio)
+
+
+def _parts(values: Tensor) -> list[Tensor]:
+    """Divide a vector for the processor; accelerators get it whole, since each part costs them a launch."""
+    size = PART if values.device.type == "cpu" else max(values.numel(), 1)
+    return [values[start : start + size] for start in range(0, values.numel(), size)]

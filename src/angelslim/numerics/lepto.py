@@ -116,8 +116,13 @@ def candidates(
     return scales
 
 
-def shortlist(counts: MagnitudeCounts, found: list[Candidate], grid: Format, keep: int) -> list[Candidate]:
-    """Return the `keep` candidates with the least predicted error among those that beat the first, best first."""
+def shortlist(
+    counts: MagnitudeCounts, found: list[Candidate], grid: Format, keep: int
+) -> tuple[list[Candidate], float]:
+    """Return the `keep` candidates with the least predicted error, best first, and what share the best takes off.
+
+    Only candidates that beat the first are listed; without any the share is 0.
+    """
     errors = [counts.error(candidate.scale, grid) for candidate in found]
     better = sorted((error, index) for index, error in enumerate(errors) if error < errors[0])
-    return [found[index] for _, index in better[:keep]]
+    return [found[index] for _, index in better[:keep]], 1 - better[0][0] / errors[0] if better else 0.0

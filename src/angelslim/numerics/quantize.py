@@ -13,6 +13,7 @@ all the same. FP4 codes are kept as E4M3 numbers, which hold all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from . import channel_scales
 from .scales import SCALE_BITS, half_range, outer_scale, stored_scales
 from .scheme import PLAIN_SCALES, Format, Granularity, Quant
 
+BAND = 1 << 17  # values that are rounded at a time
 TINY = torch.finfo(torch.float32).tiny
 STORAGE = {"int": torch.int8, "float": torch.float8_e4m3fn}
 SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # scales of no other type
@@ -170,10 +172,27 @@ def quantize_with(
     """Quantize a ``[rows, columns]`` matrix with scales that are already known."""
     shape = (matrix.shape[0], matrix.shape[1])
     tile = tile_of(quant.granularity, shape)
-    scaled = matrix.float() / spread(scale.float(), tile, shape)
-    if zero is not None:
-        scaled += spread(zero.float(), tile, shape)
-    return Quantized(round_to(scaled, quant.format), scale, zero, quant, global_scale)
+    codes = torch.empty(shape, dtype=STORAGE[quant.format.kind], device=matrix.device)
+    for rows, tiles in _bands(matrix, tile):
+        part = (rows.stop - rows.start, shape[1])
+        scaled = matrix[rows].float() / spread(scale[tiles].float(), tile, part)
+        if zero is not None:
+            scaled += spread(zero[tiles].float(), tile, part)
+        codes[rows] = round_to(scaled, quant.format)
+    return Quantized(codes, scale, zero, quant, global_scale)
+
+
+def _bands(matrix: Tensor, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Yield bands of whole tiles as (rows, rows of tiles), small enough for a processor's cache.
+
+    What is computed in between is then never written to memory, and never asked of the system. Accelerators get
+    one band: each costs them a launch.
+    """
+    count, columns = matrix.shape
+    step = max(BAND // max(columns, 1) // tile[0], 1) * tile[0] if matrix.device.type == "cpu" else count
+    for start in range(0, count, max(step, 1)):
+        stop = min(start + step, count)
+        yield slice(start, stop), slice(start // tile[0], -(-stop // tile[0]))
 
 
 def quantize(
@@ -211,10 +230,14 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) 
     """Return ``(codes - zero) * scale`` in float32."""
     shape = (codes.shape[0], codes.shape[1])
     tile = tile_of(quant.granularity, shape)
-    values = codes.float()
-    if zero is not None:
-        values = values - spread(zero.float(), tile, shape)
-    return values * spread(scale.float(), tile, shape)
+    values = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    for rows, tiles in _bands(codes, tile):
+        part = (rows.stop - rows.start, shape[1])
+        band = codes[rows].float()
+        if zero is not None:
+            band -= spread(zero[tiles].float(), tile, part)
+        torch.mul(band, spread(scale[tiles].float(), tile, part), out=values[rows])
+    return values
 
 
 def fake_quantize(values: Tensor, quant: Quant, scale: Tensor | None = None) -> Tensor:

@@ -73,14 +73,18 @@ def _lost(
 ) -> float:
     """Return the sum over readers of the squared output error as a share of the squared output."""
     scaled = inputs.float() / scale
-    seen: dict[Quant | None, Tensor] = {None: scaled}  # readers of one group mostly share their input's rounding
+    seen: dict[Quant | None, Tensor] = {
+        None: scaled
+    }  # readers of one group mostly share their input's rounding
     total = 0.0
     for reader, output in zip(readers, exact, strict=True):
         quant = reader.scheme.input
         if quant not in seen:
             assert quant is not None
             seen[quant] = rounded_input(scaled, quant, (amax / scale).max())
-        weight = quantize(reader.weight.float() * scale, reader.scheme.weight, reader.scale_dtype).dequantize()
+        weight = quantize(
+            reader.weight.float() * scale, reader.scheme.weight, reader.scale_dtype
+        ).dequantize()
         error = seen[quant] @ weight.T - output
         total += (error.square().sum() / output.square().sum().clamp(min=1e-30)).item()
     return total

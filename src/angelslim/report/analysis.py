@@ -20,7 +20,6 @@ from .layers import short_roles
 from .strips import Dot, strips
 from .summary import plain_table
 
-NAME = 32  # characters of a layer's name that the terminal's table does not break
 ROWS = 2000  # layers that the page's table holds; the CSV file has all
 STRIPS = (
     ("input_scale", "static activation scale"),
@@ -32,18 +31,10 @@ STRIPS = (
 def analysis_table(analysis: Analysis, count: int = 10) -> Table:
     """Build the terminal table of the worst layers."""
     columns, shown = chosen(analysis), analysis.layers[:count]
-    flagged = any(layer.flags for layer in shown)
-    lines = [
-        [layer.name, *(column.text(layer) for column in columns)]
-        + ([flags(layer, analysis.limits)] if flagged else [])
-        for layer in shown
-    ]
-    headings = ["layer", *(column.heading for column in columns), *(["flags"] if flagged else [])]
-    table = plain_table(_title(analysis, len(shown)), headings, lines)
-    table.columns[0].min_width = min(NAME, max(len(layer.name) for layer in shown))
-    if flagged:
-        table.columns[-1].justify = "left"
-    return table
+    lines = [[layer.name, *(column.text(layer) for column in columns)] for layer in shown]
+    return plain_table(
+        _title(analysis, len(shown)), ["layer", *(column.heading for column in columns)], lines
+    )
 
 
 def _title(analysis: Analysis, count: int) -> str:
@@ -51,13 +42,14 @@ def _title(analysis: Analysis, count: int) -> str:
     return f"{what}: worst {count} of {len(analysis.layers)} layers"
 
 
-def verdict(analysis: Analysis) -> str:
-    """Return one line on outliers, for the terminal."""
-    if not analysis.flagged:
-        return "No layer stands out."
-    names = ", ".join(layer.name for layer in analysis.flagged[:3])
-    more = len(analysis.flagged) - 3
-    return f"{len(analysis.flagged)} layers stand out: {names}" + (f" and {more} more." if more > 0 else ".")
+def verdict(analysis: Analysis, count: int = 10) -> list[str]:
+    """Return lines on the layers that stand out, for the terminal."""
+    found = analysis.flagged
+    if not found:
+        return ["No layer stands out."]
+    lines = [f"{len(found)} of {len(analysis.layers)} layers stand out:"]
+    lines += [f"  {layer.name}: {flags(layer, analysis.limits)}" for layer in found[:count]]
+    return lines + ([f"  and {len(found) - count} more"] if len(found) > count else [])
 
 
 def analysis_html(analysis: Analysis) -> str:

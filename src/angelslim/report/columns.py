@@ -58,8 +58,8 @@ LAYER = (
     Column("p9999", "p99.99", compact, "99.99 % of the weights are at most this, in magnitude"),
     Column("kurtosis", "kurtosis", compact, "3 for a normal distribution; outliers raise it"),
 )
-PAIR = ("sqnr_db", "kl", "wasserstein", "max_error", "flushed", "clipped", "kurtosis")  # in the terminal
-SINGLE = ("sqnr_db", "output_error", "amax", "kurtosis", "scale", "input_scale", "at_limit", "zeros")
+PAIR = ("sqnr_db", "kl", "wasserstein", "max_error", "flushed", "clipped")  # in the terminal
+SINGLE = ("sqnr_db", "output_error", "amax", "kurtosis", "scale", "input_scale", "at_limit")
 ALONE = ("amax", "p999", "p9999", "kurtosis", "zeros")  # of a model in full precision
 
 SENSITIVITY = (

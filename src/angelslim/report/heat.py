@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from . import words
-from .drawing import INK, LEVEL_INKS, LEVELS, MUTED, canvas, place, to_svg
+from .drawing import LEVELS
+from .marks import Marks
 
 PAGE = 1000  # widest chart in pixels
 CELL = 26  # height of a row
+GAP = 2  # between cells
+TOP, FOOT = 4, 70  # margins; at the foot stand the blocks' numbers, a title and the legend
 CHARACTER = 7.2  # a generous width of one character at 12 pixels
 SMALL = 6.3  # and at 11
 
@@ -88,55 +91,37 @@ def heat(
     blocks = sorted({block for row in cells.values() for block in row})
     left = 16 + CHARACTER * max(map(len, cells))
     cell = min(72.0, (PAGE - left - 8) / len(blocks))
-    with canvas(left + max(cell * len(blocks), 320) + 8, 28 + CELL * len(cells) + 46) as (figure, axes):
-        place(axes, left, 8 + max(0, 320 - cell * len(blocks)), 4, 70)
-        for y, (name, row) in enumerate(cells.items()):
-            for x, block in enumerate(blocks):
-                if block in row:
-                    level = quantity.level(row[block], span)
-                    _cell(axes, (x, y), quantity.write(row[block]), level, cell, (name, block) in flagged)
-        axes.set(xlim=(0, len(blocks)), ylim=(len(cells), 0))
-        every = math.ceil(24 / cell)
-        axes.set_xticks([x + 0.5 for x in range(0, len(blocks), every)], [str(b) for b in blocks[::every]])
-        axes.set_yticks([y + 0.5 - 1 / CELL for y in range(len(cells))], list(cells))
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("decoder block", loc="left")
-        best, worst = span[::-1] if quantity.bad == "low" else span
-        wrong = "lower" if quantity.bad == "low" else "higher"
-        _legend(figure, left, quantity.end(best), f"{quantity.end(worst)}, {wrong} is worse")
-        return to_svg(figure, f"{quantity.name} {what}")
+    marks = Marks(left + max(cell * len(blocks), 320) + 8, TOP + CELL * len(cells) + FOOT)
+    for y, (name, row) in enumerate(cells.items()):
+        for x, block in enumerate(blocks):
+            if block in row:
+                level, at = quantity.level(row[block], span), (left + cell * x, TOP + CELL * y)
+                _cell(marks, at, quantity.write(row[block]), level, cell, (name, block) in flagged)
+        marks.text(left - 3.5, TOP + CELL * y + CELL / 2 - 1, name, "ink", anchor="end")
+    bottom, every = TOP + CELL * len(cells), math.ceil(24 / cell)
+    for x in range(0, len(blocks), every):
+        marks.text(left + cell * (x + 0.5), bottom + 8.06, str(blocks[x]), "muted", anchor="middle")
+    marks.text(left, bottom + 24.06, "decoder block", "muted")
+    best, worst = span[::-1] if quantity.bad == "low" else span
+    wrong = "lower" if quantity.bad == "low" else "higher"
+    _legend(marks, left, quantity.end(best), f"{quantity.end(worst)}, {wrong} is worse")
+    return marks.svg(f"{quantity.name} {what}")
 
 
-def _cell(axes: Any, at: tuple[int, int], text: str, level: int, width: float, ringed: bool) -> None:
-    from matplotlib.patches import Rectangle
-
+def _cell(marks: Marks, at: tuple[float, float], text: str, level: int, width: float, ringed: bool) -> None:
     x, y = at
-    gap_x, gap_y = 2 / width, 2 / CELL
-    axes.add_patch(Rectangle((x, y), 1 - gap_x, 1 - gap_y, facecolor=LEVELS[level], linewidth=0))
+    marks.rect(x, y, width - GAP, CELL - GAP, f"level-{level}")
     if ringed:
-        inner = Rectangle((x + gap_x / 2, y + gap_y / 2), 1 - 2 * gap_x, 1 - 2 * gap_y, fill=False)
-        inner.set(edgecolor=INK, linewidth=2)
-        axes.add_patch(inner)
+        marks.ring(x + GAP / 2, y + GAP / 2, width - 2 * GAP, CELL - 2 * GAP, "ink", 2)
     if width >= 34 and SMALL * len(text) + 2 <= width:
-        axes.text(
-            x + 0.5 - gap_x / 2,
-            y + 0.5 - gap_y / 2,
-            text,
-            ha="center",
-            va="center_baseline",
-            fontsize=11,
-            color=LEVEL_INKS[level],
-        )
+        middle = (x + (width - GAP) / 2, y + (CELL - GAP) / 2)
+        marks.text(*middle, text, f"level-ink-{level}", size=11, anchor="middle")
 
 
-def _legend(figure: Any, left: float, best: str, worst: str) -> None:
+def _legend(marks: Marks, left: float, best: str, worst: str) -> None:
     """Draw the seven colours with the range they cover at the foot of the grid."""
-    from matplotlib.patches import Rectangle
-
-    width, height = figure.get_size_inches() * 72
-    y, start = 8, left + 8 + SMALL * len(best)
-    for index, color in enumerate(LEVELS):
-        box = Rectangle((start + 22 * index, y), 20, 10, facecolor=color, linewidth=0, transform=None)
-        figure.add_artist(box)
+    y, start = marks.height - 18, left + 8 + SMALL * len(best)
+    for index in range(len(LEVELS)):
+        marks.rect(start + 22 * index, y, 20, 10, f"level-{index}")
     for x, text in ((left, best), (start + 22 * len(LEVELS) + 6, worst)):
-        figure.text(x / width, y / height, text, ha="left", va="bottom", fontsize=11, color=MUTED)
+        marks.text(x, y + 3.18, text, "muted", size=11)

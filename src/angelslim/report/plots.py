@@ -1,6 +1,6 @@
 """The charts of the report: error by block and role, histograms, bars, quality against size.
 
-Each function returns one inline SVG as safe markup (see `drawing`), or an empty string when the record has
+Each function returns one inline SVG as safe markup (see `marks` and, where there are axes, `drawing`), or an empty string when the record has
 nothing to show.
 """
 
@@ -10,14 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..evaluate.base import Score
 from ..numerics.error import Histogram, LayerRecord
 from . import words
-from .drawing import AFTER, BEFORE, INK, LINE, MUTED, SURFACE, canvas, place, shorten, to_svg
+from .drawing import AFTER, BEFORE, LINE, MUTED, SURFACE, canvas, place, shorten, to_svg
 from .heat import OUTPUT_ERROR, SQNR, heat
 from .layers import grid, short_roles
+from .marks import Marks, stairs
 from .record import RunRecord
 from .rows import Row
 
@@ -50,23 +49,26 @@ def runs_grid(runs: Mapping[str, RunRecord]) -> str:
 
 def histogram(data: Histogram, what: str) -> str:
     """Draw the counts before (filled) and after (line) on a logarithmic scale."""
-    edges = np.linspace(data.low, data.high, len(data.before) + 1)
-    with canvas(310, 130) as (figure, axes):
-        place(axes, 8, 8, 6, 22)
-        axes.stairs(data.before, edges, fill=True, color=BEFORE, linewidth=0, baseline=0.5)
-        axes.stairs(data.after, edges, color=AFTER, linewidth=1.4, baseline=0.5)
-        top = max(*data.before, *data.after, 1)
-        axes.set_yscale("log")
-        axes.set(xlim=(data.low, data.high), ylim=(0.5, 1.6 * top))
-        axes.yaxis.set_visible(False)
-        axes.minorticks_off()
-        axes.spines["left"].set_visible(False)
-        axes.set_xticks([data.low, data.high], [f"{data.low:.3g}", f"{data.high:.3g}"], fontsize=11)
-        for tick, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-            tick.set_horizontalalignment(side)
-        if data.low < 0 < data.high:
-            axes.axvline(0, color=LINE, linewidth=1, zorder=0)
-        return to_svg(figure, f"Histogram of the {what} before and after quantization")
+    marks = Marks(310, 130)
+    left, right, top, bottom = 8.0, 302.0, 6.0, 108.0
+    low, high = math.log(0.5), math.log(1.6 * max(*data.before, *data.after, 1))
+    bins = len(data.before)
+    edges = [left + (right - left) * index / bins for index in range(bins + 1)]
+
+    def heights(counts: Sequence[int]) -> list[float]:
+        return [bottom - (bottom - top) * (math.log(n or 0.5) - low) / (high - low) for n in counts]
+
+    if data.low < 0 < data.high:
+        zero = left - (right - left) * data.low / (data.high - data.low)
+        marks.line([(zero, bottom), (zero, top)], "line", 1)
+    for run in stairs(edges, heights(data.before), bottom):
+        marks.area(run, "before")
+    for run in stairs(edges, heights(data.after), bottom):
+        marks.line(run, "after", 1.4)
+    for x, value, anchor in ((left, data.low, "start"), (right, data.high, "end")):
+        marks.text(x, bottom + 7.68, f"{value:.3g}", "muted", size=11, anchor=anchor)
+    marks.line([(left, bottom), (right, bottom)], "line", 0.8)
+    return marks.svg(f"Histogram of the {what} before and after quantization")
 
 
 def bars(
@@ -85,25 +87,24 @@ def bars(
     whiskers = list(errors) or [0.0] * len(finite)
     names = [shorten(row.name, 24) for row in table]
     left = 12 + 6.6 * max(map(len, names))
-    right = 10 + 6.6 * max(map(len, texts))
+    right = 470 - 10 - 6.6 * max(map(len, texts))
     top = limit or max((a + b for a, b in zip(finite, whiskers, strict=True)), default=0) or 1.0
-    with canvas(470, CELL * len(table) + 6) as (figure, axes):
-        place(axes, left, right, 2, 4)
-        for y, (row, value, error, text) in enumerate(zip(table, finite, whiskers, texts, strict=True)):
-            axes.barh(y, value, height=0.62, color=BEFORE if row.baseline else AFTER, linewidth=0)
-            if error:
-                axes.plot(
-                    [value - error, value + error], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt"
-                )
-            x = 0.0 if not math.isfinite(values[y]) else value + error
-            axes.annotate(
-                text, (x, y), (6, 0), textcoords="offset points", va="center_baseline", annotation_clip=False
-            )
-        axes.set(xlim=(0, top), ylim=(len(table) - 0.5, -0.5))
-        axes.set_yticks(range(len(table)), names)
-        axes.xaxis.set_visible(False)
-        axes.spines["bottom"].set_visible(False)
-        return to_svg(figure, label)
+    marks = Marks(470, CELL * len(table) + 6)
+
+    def across(value: float) -> float:
+        return left + (right - left) * value / top
+
+    for y, (row, value, error, text) in enumerate(zip(table, finite, whiskers, texts, strict=True)):
+        middle, length = 2 + CELL * (y + 0.5), across(min(max(value, 0.0), top)) - left
+        marks.rect(left, middle - 0.31 * CELL, length, 0.62 * CELL, "before" if row.baseline else "after")
+        if error:
+            ends = (across(max(value - error, 0.0)), across(min(value + error, top)))
+            marks.line([(x, middle) for x in ends], "ink", 1.2)
+        x = 0.0 if not math.isfinite(values[y]) else value + error
+        marks.text(across(x) + 6, middle, text, "ink")
+        marks.text(left - 3.5, middle, names[y], "ink", anchor="end")
+    marks.line([(left, 2), (left, 2 + CELL * len(table))], "line", 0.8)
+    return marks.svg(label)
 
 
 def score_bars(table: Sequence[Row], metric: str, kind: Score) -> str:

@@ -30,6 +30,7 @@ from ._shared import InputStatistics, by_group, head_of, round_weight, shared_sc
 
 SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
 
+
 class RoundToNearest:
     """Options: `observer`, `percentile` (static activations only); `mse_range`, whether ranges are clipped (no)."""
 

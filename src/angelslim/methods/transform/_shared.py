@@ -1,20 +1,25 @@
-"""What transforms that rescale channels share: where a block allows it, and how its readers will be rounded."""
+"""What transforms that rescale channels share: where a block allows it, and who reads the rescaled inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ...base.console import chose
 from ...models import fold
 from ...models.block import Block
+from ...models.experts import streamable
 from ...models.fold import Fold
 from ...models.select import Layer
 from ...models.structure import Group
-from ...numerics.quantize import scale_type
 
 TIED = "its maker's rows share a scale, and rescaling them would cost the maker"
+JUDGED = (
+    8  # streamed experts of a layer that a scale is judged by; reading all of them once more would take long
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +28,22 @@ class Place:
 
     fold: Fold
     layers: tuple[Layer, ...]
+    experts: tuple[Layer, ...] = ()  # of streamed experts; they are not in memory
 
     @property
     def head(self) -> str:
         """The module whose inputs stand for all of the group."""
-        return self.fold.group.linears[0]
+        return (self.fold.group.linears or self.fold.group.others)[0]
+
+    def expert_weights(self, block: Block, every: bool) -> Iterator[tuple[Layer, Tensor]]:
+        """Read the streamed experts' weights ``[out, in]`` as they are now: of `JUDGED` experts, or of every one."""
+        step = 1 if every else -(-len(self.experts) // (2 * JUDGED))
+        scales = [block.expert_scales[path] for path in self.fold.group.others if path in block.expert_scales]
+        for layer in self.experts[::step]:
+            weight = block.source.checkpoint.read(layer.tensor, block.device).to(block.source.dtype)
+            for scale in scales:
+                weight = (weight * scale.to(weight.device)).to(weight.dtype)
+            yield layer, weight
 
 
 class Places:
@@ -38,28 +54,42 @@ class Places:
         self._said: set[tuple[str, str]] = set()
 
     def of(self, block: Block) -> list[Place]:
-        """Return the places of a block, in the order in which its groups run."""
-        readers: dict[Group, list[Layer]] = {}
-        for layer in block.layers:
-            group = block.groups.get(layer.module or "")
-            if group is not None:
-                readers.setdefault(group, []).append(layer)
+        """Return the places of a block."""
         found = []
-        for group, layers in readers.items():
+        for group, (layers, experts) in _readers(block).items():
             place = fold.find(block, group)
             reason = place if isinstance(place, str) else _refusal(block, place)
             if isinstance(place, Fold) and not reason:
-                found.append(Place(place, tuple(layers)))
+                found.append(Place(place, tuple(layers), tuple(experts)))
             else:
                 self.say(group, reason)
         return found
 
     def say(self, group: Group, reason: str) -> None:
         """Log once why a kind of group is left alone."""
-        name = group.linears[0].rpartition(".")[2]
+        name = (group.linears or group.others)[0].rpartition(".")[2]
         if (name, reason) not in self._said:
             self._said.add((name, reason))
             chose(f"no {self.what} of {name}'s inputs", reason)
+
+
+def _readers(block: Block) -> dict[Group, tuple[list[Layer], list[Layer]]]:
+    """Return the groups whose readers will be rounded: layers of the block, and of its streamed experts."""
+    found: dict[Group, tuple[list[Layer], list[Layer]]] = {}
+    for layer in block.layers:
+        group = block.groups.get(layer.module or "")
+        if group is not None:
+            found.setdefault(group, ([], []))[0].append(layer)
+    if not block.streamed or block.index is None:
+        return found
+    path = block.source.structure.blocks[block.index]
+    for stack, experts in streamable(block.source, path).items():
+        group = next((each for each in block.source.structure.groups[path] if stack in each.others), None)
+        first = {name for tensors in experts for name in tensors.first}
+        if group is not None:
+            layers = [layer for layer in block.streamed if layer.tensor in first]
+            found.setdefault(group, ([], []))[1].extend(layers)
+    return found
 
 
 def _refusal(block: Block, found: Fold) -> str:
@@ -68,6 +98,6 @@ def _refusal(block: Block, found: Fold) -> str:
     return TIED if tied else ""
 
 
-def scale_dtype(layer: Layer, weight: torch.Tensor) -> torch.dtype:
+def scale_dtype(layer: Layer, weight: Tensor) -> torch.dtype:
     """Return the type in which rounding will store the layer's scales (that of `methods.ptq`)."""
-    return scale_type(layer.scheme.weight, weight.dtype)
+    return weight.dtype if layer.scheme.weight.format.bits < 8 else torch.float32

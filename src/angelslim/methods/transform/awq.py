@@ -2,8 +2,13 @@
 
 For each group of linears whose inputs can be rescaled (`models.fold`), `numerics.awq` ranks scales by what the rounded
 linears lose of their outputs. The best ones are then tried in the block itself, on a few samples: what the whole
-block loses decides, since a query and a value, or a wide and a narrow layer, do not weigh the same in it. No scale at
-all takes part in both rounds and wins ties.
+block loses decides, since a query and a value, or a wide and a narrow layer, do not weigh the same in it. A token's
+error counts as a share of the token's size, as it does for the norm of the next block. No scale at all takes part in
+both rounds and wins ties.
+
+Streamed experts are one group with the router and the shared expert behind the same norm; a few of them are read to
+judge the scale, which is then theirs and the router's alike. Each expert's down projection is rescaled by itself, by
+the tokens that were sent there.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...base import parallel
 from ...models import fold
 from ...models.block import Block
 from ...models.select import Layer
@@ -32,7 +38,7 @@ class AWQ:
 
     reads = frozenset({"duo"})
     follows_original = False
-    merges = False
+    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))
@@ -55,6 +61,8 @@ class AWQ:
             return
         seen = {place.head: Moments(place.fold.width, block.device) for place in found}
         block.collect({head: inputs.update for head, inputs in seen.items()})
+        for inputs in seen.values():
+            inputs.merge()
         exact = _drawn(block)
         for place in found:
             self._rescale(block, place, seen.pop(place.head), exact)
@@ -63,11 +71,18 @@ class AWQ:
         readers = {}
         for layer in place.layers:
             weight = block.weight(layer)
-            readers[f"{layer.module}.weight"] = Reader(weight, layer.scheme.weight, scale_dtype(layer, weight))
+            readers[f"{layer.module}.weight"] = Reader(
+                weight, layer.scheme.weight, scale_dtype(layer, weight)
+            )
+        experts = [
+            Reader(weight, layer.scheme.weight, scale_dtype(layer, weight)).sampled()
+            for layer, weight in place.expert_weights(block, every=False)
+        ]
         mean = place.fold.shared(seen.mean, "mean")
-        share = place.fold.shared(column_share([*readers.values()]), "mean")
-        ranked = search([*readers.values()], mean, share, seen.matrix, duo=self.duo)
-        best = self._best(block, readers, ranked, exact)
+        share = place.fold.shared(column_share([*readers.values(), *experts]), "mean")
+        ranked = search([*readers.values(), *experts], mean, share, seen.matrix, duo=self.duo)
+        # Streamed experts answer nothing while the block is tried, so there the ranking decides.
+        best = ranked[0] if experts else self._best(block, readers, ranked, exact)
         if not best.plain:
             done = fold.apply(block, place.fold, best.scale)
             if isinstance(done, str):
@@ -89,7 +104,8 @@ class AWQ:
         for each in (plain, *better):
             values = {path: reader.rounded(each.scale) for path, reader in readers.items()}
             with fold.with_values(block, values), torch.no_grad():
-                losses[each] = sum(_lost(block.forward([sample]), output) for sample, output in exact.items())
+                lost = sum(_lost(block.forward([sample]), output) for sample, output in exact.items())
+            losses[each] = float(parallel.total(torch.tensor(lost, dtype=torch.float64)))
         return min(losses, key=lambda each: losses[each])
 
 

@@ -10,12 +10,13 @@ the maker nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...base import parallel
 from ...base.errors import ConfigError
 from ...models import fold
 from ...models.block import Block
@@ -35,13 +36,20 @@ class Range:
     def __init__(self, width: int, each: int, device: torch.device) -> None:
         self.amax = torch.zeros(width, device=device)
         self._each = each  # tokens kept of one sample
-        self._kept: list[Tensor] = []
+        self._kept = [torch.zeros(0, width, device=device)]
 
     def update(self, inputs: Tensor) -> None:
         """Take in one sample's inputs ``[tokens, in]``."""
-        self.amax = torch.maximum(self.amax, inputs.abs().amax(0).float())
-        if self._each:
-            self._kept.append(inputs[:: -(-len(inputs) // self._each)].clone())
+        self.amax = torch.maximum(self.amax, inputs.abs().amax(0).float()) if len(inputs) else self.amax
+        if self._each and len(inputs):
+            self._kept.append(inputs[:: -(-len(inputs) // self._each)].float())
+
+    def merge(self) -> None:
+        """Take in what the other processes of the run have seen."""
+        self.amax = parallel.highest(self.amax)
+        if parallel.world() > 1 and self._each:
+            parts = parallel.spread(parallel.world() * [self.tokens.cpu])
+            self._kept = [part.to(self.amax.device) for part in parts]
 
     @property
     def tokens(self) -> Tensor:
@@ -54,7 +62,7 @@ class Smooth:
 
     reads = frozenset({"alpha"})
     follows_original = False
-    merges = False
+    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         given = options.get("alpha", 0.5)
@@ -79,29 +87,34 @@ class Smooth:
         found = self.places.of(block)
         each = 0 if self.alpha is not None else -(-SAMPLED // max(block.samples, 1))
         ranges = {place.head: Range(place.fold.width, each, block.device) for place in found}
-        block.collect({head: range_.update for head, range_ in ranges.items()})
+        block.collect({head: seen.update for head, seen in ranges.items()})
+        for seen in ranges.values():
+            seen.merge()
         for place in found:
-            self._smooth(block, place, ranges[place.head])
+            scale = self._scale(block, place, ranges.pop(place.head))
+            done = None if scale is None else fold.apply(block, place.fold, scale)
+            if isinstance(done, str):
+                self.places.say(place.fold.group, done)
 
-    def _smooth(self, block: Block, place: Place, seen: Range) -> None:
-        weights = [block.weight(layer) for layer in place.layers]
+    def _scale(self, block: Block, place: Place, seen: Range) -> Tensor | None:
+        """Return the scale ``[in]`` of a group's inputs, or None."""
         amax = place.fold.shared(seen.amax, "amax")
-        largest = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
+        largest = torch.zeros_like(amax)
+        readers = []
+        for layer, weight in self._weights(block, place):
+            largest = torch.maximum(largest, weight.abs().amax(0).float())
+            if self.alpha is None:
+                readers.append(Reader(weight, layer.scheme, scale_dtype(layer, weight)))
         largest = place.fold.shared(largest, "amax")
         if self.alpha is not None:
-            scale = smooth_scale(amax, largest, self.alpha)
-        else:
-            readers = [
-                Reader(weight, layer.scheme, scale_dtype(layer, weight))
-                for weight, layer in zip(weights, place.layers, strict=True)
-            ]
-            best = search(seen.tokens, amax, largest, readers)
-            if best.alpha is None:
-                return
-            scale = best.scale
-        done = fold.apply(block, place.fold, scale)
-        if isinstance(done, str):
-            self.places.say(place.fold.group, done)
+            return smooth_scale(amax, largest, self.alpha)
+        best = search(seen.tokens, amax, largest, readers)
+        return None if best.alpha is None else best.scale
+
+    def _weights(self, block: Block, place: Place) -> Iterator[tuple[Layer, Tensor]]:
+        for layer in place.layers:
+            yield layer, block.weight(layer)
+        yield from place.expert_weights(block, every=self.alpha is not None)
 
 
 METHOD = Smooth

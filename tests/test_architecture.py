@@ -41,6 +41,8 @@ LAYERS = {
     "check": 6,
     "pipeline": 7,
     "convert": 7,
+    "analyze": 7,
+    "analyze": 7,
     "engine": 8,
     "lab": 8,
     "cli": 9,

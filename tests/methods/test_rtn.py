@@ -35,7 +35,7 @@ def processed(source, scheme: Scheme) -> dict[str, torch.Tensor]:
 
 def test_it_is_a_method_with_declared_options():
     assert PTQ.get("rtn") is RoundToNearest
-    assert RoundToNearest.reads == {"observer", "percentile"}
+    assert RoundToNearest.reads == {"observer", "percentile", "mse_range"}
     with pytest.raises(ConfigError, match="Did you mean 'absmax'"):
         RoundToNearest({"observer": "absmaxx"})
 
@@ -111,3 +111,21 @@ def test_ignored_experts_are_left_alone(tmp_path):
     save_random("qwen3_moe", tmp_path / "model")
     job = job_for(tmp_path / "model", "fp8_static", "compression.quantization.ignore_layers=[experts]")
     assert {layer.name.rpartition(".")[2] for layer in job.selection.layers} == {f"{x}_proj" for x in "qkvo"}
+
+
+def test_clipping_needs_data_loses_less_of_the_outputs_and_says_how_much(tmp_path):
+    assert RoundToNearest({"mse_range": True}).needs_data(PRESETS["int4"])
+    short = ("dataset.num_samples=6", "dataset.max_seq_length=64")
+    clip = "compression.quantization.quant_method.mse_range"
+    plain = job_for("tiny-lm", "int4_rtn", *short)
+    clipped = job_for("tiny-lm", "int4_rtn", f"{clip}=true", *short)
+    assert clipped.calibrates and not plain.calibrates
+    records = [pipeline.run(job, tmp_path / name) for job, name in ((plain, "plain"), (clipped, "clipped"))]
+    before, after = ({layer.name: layer for layer in record.layers} for record in records)
+    assert before.keys() == after.keys()
+    assert all(layer.output_error is not None for layer in after.values())
+    assert sum(layer.bits_per_weight for layer in after.values()) == sum(
+        layer.bits_per_weight for layer in before.values()
+    )
+    smaller = sum(after[name].relative_error != before[name].relative_error for name in before)
+    assert smaller > len(before) // 2  # some tile of nearly every layer was clipped

@@ -71,7 +71,6 @@ def test_no_scale_wins_where_nothing_is_gained():
 
 
 @pytest.mark.parametrize("scheme", [INT8, STATIC, PRESETS["int4"], PRESETS["fp8_block"]])
-@pytest.mark.parametrize("scheme", [INT8, STATIC, PRESETS["int4"], PRESETS["fp8_block"]])
 def test_the_search_never_ends_above_no_scale(scheme, monkeypatch):
     seen, *matrices = (values.repeat(1, 8)[:, :128] for values in (inputs(4.0), weights(), weights(12, 2)))
     readers = [Reader(weight, scheme, torch.float32) for weight in matrices]

@@ -1,1 +1,1 @@
-"""Layer 8: diagnosis: what a checkpoint's scales and weights look like, and which layers a recipe hurts most."""
+"""Layer 7: diagnosis: what a checkpoint's scales and weights look like, and which layers a recipe hurts most."""

@@ -7,8 +7,8 @@ and the memory of one whole block, experts included. With `kl` the effect on the
 `logits`).
 
 Methods that make up for their rounding lower what is found here, and transforms of the recipe are not applied: the
-ranking is that of the plain scheme. The suggestion names whole groups, since engines want q, k and v, gate and up, and
-all experts of a layer alike.
+ranking is that of the plain scheme. The suggestion takes what hurts most for each weight that it keeps, in whole
+groups, since engines want q, k and v, gate and up, and all experts of a layer alike.
 """
 
 from __future__ import annotations
@@ -155,7 +155,12 @@ def _with_suggestion(
     for unit in found:
         groups.setdefault(_entry(unit, joined), []).append(unit)
     scores = {layer.name: harm(layer) for layer in result.layers}
-    ranked = sorted(groups, key=lambda key: -sum(scores[unit.name] for unit in groups[key]))
+
+    def worth(key: object) -> float:
+        """What a group hurts for each weight that would have to be kept."""
+        return sum(scores[unit.name] for unit in groups[key]) / sum(unit.weights for unit in groups[key])
+
+    ranked = sorted(groups, key=worth, reverse=True)
     spared = [unit for key in ranked[:keep] for unit in groups[key]]
     entries = [
         name

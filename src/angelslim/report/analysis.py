@@ -180,7 +180,7 @@ def overlay(data: Histogram, name: str) -> str:
     before, after = (np.array(counts) / total for counts in (data.before, data.after))
     least = 0.5 / total
     with canvas(470, 220) as (figure, axes):
-        place(axes, 60, 12, 8, 44)
+        place(axes, 74, 12, 8, 44)
         axes.stairs(before, edges, fill=True, color=BEFORE, linewidth=0, baseline=least)
         axes.stairs(after, edges, color=AFTER, linewidth=1.4, baseline=least)
         axes.set_yscale("log")

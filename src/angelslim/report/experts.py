@@ -74,19 +74,20 @@ def _notes(experts: Sequence[ExpertUse]) -> list[str]:
 
 
 def _chart(layers: dict[str, list[ExpertUse]]) -> str:
-    rows = {
-        module: [
-            Dot(use.tokens / max(use.of, 1), f"{use.expert}: none" if not use.tokens else "", not use.tokens)
-            for use in uses
-        ]
-        for module, uses in layers.items()
-    }
+    rows = {module: _dots(uses) for module, uses in layers.items()}
     names = _shortest(list(rows))
     return strips(
         {names[module]: dots for module, dots in rows.items()},
-        "share of the layer's calibration tokens that an expert was given (diamonds at the left end: none)",
+        "share of the layer's calibration tokens that an expert was given (diamond: some were given none)",
         "Share of the calibration tokens that each expert was given",
     )
+
+
+def _dots(uses: Sequence[ExpertUse]) -> list[Dot]:
+    """Return a dot for each expert that was reached, and one for all that were not."""
+    never = sum(use.tokens == 0 for use in uses)
+    dots = [Dot(use.tokens / use.of, "") for use in uses if use.tokens]
+    return dots + ([Dot(0.0, f"{never} without any", True)] if never else [])
 
 
 def _shortest(modules: Sequence[str]) -> dict[str, str]:

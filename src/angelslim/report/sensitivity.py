@@ -15,6 +15,7 @@ from .heat import Quantity, compact, heat, share
 from .html import render
 from .layers import short_roles
 from .marks import Marks
+from .strips import log_ticks
 from .summary import plain_table
 
 ROWS = 2000
@@ -196,6 +197,8 @@ def _scatter(layers: Sequence[LayerSensitivity]) -> str:
     points = [(x, y) for x, y in points if x > 0 and y > 0]
     if len(points) < FEW:
         return ""
+    from matplotlib.ticker import NullLocator
+
     with canvas(520, 320) as (figure, axes):
         place(axes, 76, 12, 10, 48)
         axes.plot(
@@ -209,13 +212,13 @@ def _scatter(layers: Sequence[LayerSensitivity]) -> str:
         )
         axes.set(xscale="log", yscale="log")
         axes.margins(0.08)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:g}")
-            axis.set_minor_formatter(lambda value, _: "")
-        axes.grid(color=LINE, linewidth=1, which="both")
+        for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            axis.set_minor_locator(NullLocator())
+            axis.set_ticks(ticks := log_ticks(*ends), [f"{tick:g}" for tick in ticks])
+        axes.grid(color=LINE, linewidth=1)
         axes.set_axisbelow(True)
         axes.spines[:].set_visible(False)
-        axes.tick_params(axis="both", labelcolor=MUTED, which="both")
+        axes.tick_params(labelcolor=MUTED)
         axes.set_xlabel("relative error of the block's output (%)", loc="left")
         axes.set_ylabel("KL (nats per token)", loc="bottom", fontsize=11)
         return to_svg(figure, "Block error against KL of each layer")

@@ -47,7 +47,7 @@ def strips(
     values = [value for value in values if value > 0] if log else values
     if not values:
         return ""
-    left = 16 + 7.2 * max(min(len(name), 28) for name in rows)
+    left = 28 + 7.2 * max(min(len(name), 28) for name in rows)
     low, high = _ends(values, limit, log)
     with canvas(WIDTH, ROW * len(rows) + 74) as (figure, axes):
         place(axes, left, 90, 20, 54)
@@ -70,6 +70,7 @@ def strips(
             )
         _axis(axes, axis, (low, high), log)
         axes.set_yticks(range(len(rows)), [shorten(name, 28) for name in rows])
+        axes.tick_params(axis="y", pad=14)
         axes.spines[:].set_visible(False)
         return to_svg(figure, label)
 
@@ -108,7 +109,7 @@ def _row(axes: Any, y: int, dots: Sequence[Dot], least: float) -> None:
     for dot in sorted(loud, key=lambda dot: -dot.value):
         x = axes.transData.transform((max(dot.value, least), y))[0]
         width = 6.6 * len(dot.name) + 8
-        if len(taken) < LABELS and all(abs(x - other) > width for other in taken):
+        if dot.name and len(taken) < LABELS and all(abs(x - other) > width for other in taken):
             taken.append(x)
             axes.annotate(
                 dot.name,
@@ -126,7 +127,7 @@ def _axis(axes: Any, name: str, ends: tuple[float, float], log: bool) -> None:
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     if log:
-        ticks = _log_ticks(*ends)
+        ticks = log_ticks(*ends)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     else:
@@ -135,8 +136,8 @@ def _axis(axes: Any, name: str, ends: tuple[float, float], log: bool) -> None:
     axes.set_xlabel(name, loc="left")
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between the ends: powers of ten, with 2 and 5 between them where there is room."""
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return a few round numbers between the ends: powers of ten, with 2 and 5 between them where there is room."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [m * 10.0**e for e in range(first, last + 1) for m in steps if low <= m * 10.0**e <= high]

@@ -37,7 +37,7 @@ class Place:
 
     def expert_weights(self, block: Block, every: bool) -> Iterator[tuple[Layer, Tensor]]:
         """Read the streamed experts' weights ``[out, in]`` as they are now: of `JUDGED` experts, or of every one."""
-        step = 1 if every else -(-len(self.experts) // (2 * JUDGED))
+        step = 1 if every else (len(self.experts) // (2 * JUDGED)) | 1  # odd: gates and ups alternate
         scales = [block.expert_scales[path] for path in self.fold.group.others if path in block.expert_scales]
         for layer in self.experts[::step]:
             weight = block.source.checkpoint.read(layer.tensor, block.device).to(block.source.dtype)

@@ -30,7 +30,7 @@ def test_several_blocks_of_work_are_refused(tiny_folder):
         job_for(tiny_folder, {"compression": [stage, stage]})
 
 
-@pytest.mark.parametrize("name", ["int4_awq", "daq"])
+@pytest.mark.parametrize("name", ["daq"])
 def test_known_names_that_are_not_built(tiny_folder, name):
     with pytest.raises(ConfigError, match=r"Understood, but not built yet: ptq method"):
         job_for(tiny_folder, {"compression": {"quantization": {"name": name}}})

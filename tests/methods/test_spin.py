@@ -189,6 +189,44 @@ def test_a_forgotten_tensor_is_noticed(lost, tmp_path, monkeypatch):
         rewritten(tmp_path)
 
 
+def test_a_network_that_cannot_be_run_is_refused(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    save_lively("llama", tmp_path)
+    source = open_model(tmp_path)
+    assert source.structure.blocks
+    forward = LlamaForCausalLM.forward
+
+    def run(self, input_ids=None, inputs_embeds=None, **options):
+        if inputs_embeds is not None or torch.is_grad_enabled() in refused:
+            raise TypeError("not like this")
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", run)
+    refused = {True}
+    with pytest.raises(ModelError, match=r"could not be traced \(not like this"):
+        Spin(LIVELY).rewrite(source)
+    refused = set()
+    with pytest.raises(ModelError, match=r"could not be compared with the original \(not like this"):
+        Spin(LIVELY).rewrite(source)
+
+
+def test_gains_of_one_plus_a_weight_and_scaled_embeddings(tmp_path):
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = lively(GemmaForCausalLM(config).eval())
+    model.save_pretrained(tmp_path)
+    source = rewritten(tmp_path)
+    assert torch.equal(source.checkpoint.read("model.norm.weight"), torch.zeros(64))
+    assert source.edits == {"tie_word_embeddings": False}
+    assert apart(logits(source.materialize("", CPU)), logits(model)) < 1e-4
+
+
 def test_a_norm_that_subtracts_the_mean_is_refused(tmp_path):
     from transformers import CohereConfig, CohereForCausalLM
 

@@ -48,7 +48,7 @@ def lost(seen, scale, weight, scheme) -> float:
     steps = (x.abs().amax(1, keepdim=True) / 127.5, w.abs().amax(1, keepdim=True) / 127.5)
     x, w = ((value / step).round().clamp(-128, 127) * step for value, step in zip((x, w), steps, strict=True))
     exact = seen.double() @ weight.double().T
-    return ((x @ w.T - exact).square().sum() / exact.square().sum()).item()
+    return ((x @ w.T - exact).square().sum(1) / exact.square().sum(1)).mean().item()
 
 
 def test_the_search_finds_the_best_exponent_of_its_grid():
@@ -89,3 +89,14 @@ def test_a_static_scale_covers_the_largest_of_all_tokens():
     amax = torch.tensor(448.0)
     values = torch.tensor([[448.0, 1.06, -0.3]])
     assert rounded_input(values, scheme, amax).tolist() == [[448.0, 1.0, -0.3125]]
+
+
+def test_a_loud_token_does_not_decide_for_the_others():
+    seen, weight = inputs(4.0), weights()
+    readers = [Reader(weight, INT8, torch.float32)]
+    largest = weight.abs().amax(0)
+    quiet = search(seen, seen.abs().amax(0), largest, readers)
+    loud = seen.clone()
+    loud[0] *= 1000  # the statistics are kept apart: only the errors are weighed here
+    heard = search(loud, seen.abs().amax(0), largest, readers)
+    assert heard.alpha == quiet.alpha and heard.loss == pytest.approx(quiet.loss, rel=1e-3)

@@ -45,7 +45,7 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A scale ``[in]``, the exponent it comes from (None: no scale), and the share of the output that is lost."""
+    """A scale ``[in]``, the exponent it comes from (None: no scale), and the share of a token's output that is lost."""
 
     scale: Tensor
     alpha: float | None
@@ -71,11 +71,13 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
 def _lost(
     inputs: Tensor, amax: Tensor, scale: Tensor, readers: Sequence[Reader], exact: Sequence[Tensor]
 ) -> float:
-    """Return the sum over readers of the squared output error as a share of the squared output."""
+    """Return the sum over readers of the mean squared output error of a token, as a share of the token's output.
+
+    A share of all tokens' outputs together would be a share of the few loudest ones' (`moments`).
+    """
     scaled = inputs.float() / scale
-    seen: dict[Quant | None, Tensor] = {
-        None: scaled
-    }  # readers of one group mostly share their input's rounding
+    # Readers of one group mostly share their input's rounding.
+    seen: dict[Quant | None, Tensor] = {None: scaled}
     total = 0.0
     for reader, output in zip(readers, exact, strict=True):
         quant = reader.scheme.input
@@ -86,7 +88,8 @@ def _lost(
             reader.weight.float() * scale, reader.scheme.weight, reader.scale_dtype
         ).dequantize()
         error = seen[quant] @ weight.T - output
-        total += (error.square().sum() / output.square().sum().clamp(min=1e-30)).item()
+        share = error.square().sum(1) / output.square().sum(1).clamp(min=1e-30)
+        total += share.mean().item()
     return total
 
 

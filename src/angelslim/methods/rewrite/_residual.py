@@ -34,6 +34,8 @@ from ...models.loading import Source, probe_model
 from ...models.structure import PROBE_TOKENS
 
 FIX = "Leave out the transform, or the rotation R1, for this model."
+# What a network raises that cannot run in the way it is asked to.
+UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 # Operations of autograd's graph that a rotation of the last dimension commutes with, when they have one input.
 SCALE = "MulBackward0"
 PASSED = frozenset(
@@ -153,8 +155,11 @@ class Trace:
             trace.attention.setdefault(names[module], (query, value))
 
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-        with watched(model, attend), torch.enable_grad(), torch.device("meta"):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        try:
+            with watched(model, attend), torch.enable_grad(), torch.device("meta"):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except UNFIT as error:
+            raise _refused(f"its operations could not be traced ({error})") from error
         return trace
 
     def _enter(self, name: str, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

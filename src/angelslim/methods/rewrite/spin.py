@@ -31,7 +31,7 @@ from ...base.errors import ConfigError, ModelError
 from ...models.loading import Source, open_with
 from ...numerics.hadamard import Kind, Rotation, hadamard, rotation
 from ._fuse import Changes
-from ._residual import Trace, Values, residual, values
+from ._residual import UNFIT, Trace, Values, residual, values
 from ._verify import ROOM, difference, in_float32
 from ._view import RewrittenCheckpoint
 
@@ -131,7 +131,13 @@ def _values(trace: Trace) -> list[Values]:
 
 def _refuse_difference(source: Source, changes: Changes, stream: Rotation | None) -> None:
     """Refuse a model that computes something else when it is rotated."""
-    apart, where = difference(in_float32(source), changes.edits, stream)
+    try:
+        apart, where = difference(in_float32(source), changes.edits, stream)
+    except UNFIT as error:
+        raise ModelError(
+            f"The rotated {source.structure.model_type} could not be compared with the original ({error}).",
+            fix="Leave out the transform; please report the architecture.",
+        ) from error
     if not apart <= ROOM:  # NaN is refused too
         raise ModelError(
             f"Rotating this model changes what {where} computes, by {apart:.1e} of its largest output.",

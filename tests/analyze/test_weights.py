@@ -108,7 +108,7 @@ def test_static_scales_are_read_and_flagged_above_the_limit(compressed):
     found = analyze(folder, spread=1e9)
     assert {layer.name: layer.input_scale for layer in found.layers} == pytest.approx(scales)
     assert not found.flagged
-    limit = sorted(scales.values())[-2]
+    limit = sorted(scales.values())[7]
     found = analyze(folder, scale_limit=limit, spread=1e9)
     assert {layer.name for layer in found.flagged} == {
         name for name, scale in scales.items() if scale > limit
@@ -184,7 +184,7 @@ def test_another_architecture_is_refused(compressed, tmp_path):
     from families import save_random
 
     save_random("llama", tmp_path / "llama")
-    with pytest.raises(ModelError, match="is a llama and .* a qwen3"):
+    with pytest.raises(ModelError, match=r"is a llama and .* a qwen3"):
         analyze(tmp_path / "llama", compressed("fp8_dynamic"))
 
 
@@ -192,12 +192,12 @@ def test_other_shapes_are_refused(compressed, tmp_path):
     from tiny import save_qwen3
 
     wide = save_qwen3(tmp_path / "wide", intermediate_size=384)
-    with pytest.raises(ModelError, match=r"other shapes .*gate_proj.*\[256, 128\] instead of \[384, 128\]"):
+    with pytest.raises(ModelError, match=r"other shapes .*down_proj.*\[128, 256\] instead of \[128, 384\]"):
         analyze(wide, compressed("fp8_dynamic"))
 
 
 def test_the_wrong_order_is_told(tiny_folder, compressed):
-    with pytest.raises(ModelError, match="is not quantized. The original comes first: swap the two"):
+    with pytest.raises(ModelError, match=r"is not quantized\. The original comes first: swap the two"):
         analyze(compressed("fp8_dynamic"), tiny_folder)
     with pytest.raises(ModelError, match="Name a compressed folder second"):
         analyze(tiny_folder, tiny_folder)
@@ -206,7 +206,6 @@ def test_the_wrong_order_is_told(tiny_folder, compressed):
 
 
 def test_one_pair_is_in_memory_at_a_time(tiny_folder, compressed, monkeypatch):
-    import gc
     import weakref
 
     alive: list[weakref.ref] = []
@@ -215,7 +214,6 @@ def test_one_pair_is_in_memory_at_a_time(tiny_folder, compressed, monkeypatch):
 
     def watched(*args):
         nonlocal most
-        gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))
         matrix = original(*args)
         alive.extend(weakref.ref(tensor) for tensor in (matrix.restored, matrix.original))

@@ -186,3 +186,18 @@ def test_the_last_step_is_that_of_the_format():
     assert analysis.last_step(FORMATS["int8"]) == 1
     assert analysis.last_step(FORMATS["fp8_e4m3"]) == 32
     assert analysis.last_step(replace(FORMATS["fp8_e4m3"], high=240.0)) == 16
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1, 2, 3], [5, 6, 7], 1.0),
+        ([1, 2, 3], [7, 6, 5], -1.0),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 * sum d^2 / (n (n^2 - 1))
+        ([1, 1, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),  # the first two share the rank 1.5
+        ([2, 2, 2], [1, 2, 3], 0.0),
+    ],
+)
+def test_rank_correlation_is_spearmans(one, other, expected):
+    assert analysis.rank_correlation(one, other) == pytest.approx(expected)
+    assert analysis.rank_correlation([math.exp(x) for x in one], other) == pytest.approx(expected)

@@ -37,7 +37,7 @@ def divergences(
     model = source.materialize("", device)
     try:
         with inference(model), bar("logits", len(units) + 1) as progress:
-            before = [_log_probabilities(model, sample, device) for sample in samples]
+            before = [_logits(model, sample, device) for sample in samples]
             for unit in units:
                 weights = rounded(source, unit, device).weights
                 with computing_with(source, unit, weights, ranges, device):
@@ -72,17 +72,18 @@ def _together(
         return _mean([_kl(p, source.model, s, device) for p, s in zip(before, samples, strict=True)])[0]
 
 
-def _log_probabilities(model: torch.nn.Module, sample: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """Return the log-probabilities of the tokens after the last positions ``[positions, vocabulary]``."""
+def _logits(model: torch.nn.Module, sample: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Return the logits of the last positions ``[positions, vocabulary]``."""
     inputs = {name: value.to(device) for name, value in sample.items()}
     count = min(POSITIONS, inputs["input_ids"].shape[1])
     logits: Tensor = model(**inputs, use_cache=False, **last_logits(model, count)).logits[0, -count:]
-    return logits.float().log_softmax(-1)
+    return logits.float()
 
 
 def _kl(before: Tensor, model: torch.nn.Module, sample: Mapping[str, Tensor], device: torch.device) -> float:
-    after = _log_probabilities(model, sample, device)
-    return (before.exp() * (before - after)).sum(-1).mean(dtype=torch.float64).item()
+    """Return the mean KL over a sample's positions; in float64, since small ones are differences of equal numbers."""
+    p, q = (logits.double().log_softmax(-1) for logits in (before, _logits(model, sample, device)))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:

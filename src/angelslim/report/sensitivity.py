@@ -29,7 +29,7 @@ def sensitivity_table(found: Sensitivity, count: int = 10) -> Table:
     """Build the terminal table of the most sensitive layers."""
     columns, shown = sensitivity_columns(found.layers), found.layers[:count]
     lines = [[layer.name, *(column.text(layer) for column in columns)] for layer in shown]
-    title = f"{found.model}, {found.scheme}: the {len(shown)} most sensitive of {len(found.layers)} layers"
+    title = f"the {len(shown)} most sensitive of {len(found.layers)} layers"
     return plain_table(title, ["layer", *(column.heading for column in columns)], lines)
 
 
@@ -46,7 +46,7 @@ def _quoted(entry: str) -> str:
 
 def remarks(found: Sensitivity) -> list[str]:
     """Return what is worth saying beside the table."""
-    lines = [f"{found.samples} calibration samples, {found.tokens:,} tokens."]
+    lines = [f"{found.model}, {found.scheme}; {found.samples} calibration samples, {found.tokens:,} tokens."]
     if found.together is not None:
         lines.append(
             f"All layers at once: KL {compact(found.together)} nats per token ({found.kl_samples} samples); "
@@ -63,8 +63,9 @@ def advice(found: Sensitivity) -> str:
     total = sum(map(_harm, found.layers)) or 1.0
     kept = sum(_harm(layer) for layer in found.layers if layer.name in set(found.kept))
     what = "summed KL" if found.together is not None else "summed squared block errors"
+    named = f"These {len(found.kept)} layers have" if len(found.kept) > 1 else "This layer has"
     return (
-        f"These {len(found.kept)} layers have {100 * kept / total:.0f} % of the {what}; keeping them takes "
+        f"{named} {100 * kept / total:.0f} % of the {what}; keeping them takes "
         f"{found.bits[1]:.2f} bits per weight instead of {found.bits[0]:.2f}."
     )
 
@@ -86,8 +87,7 @@ def sensitivity_html(found: Sensitivity) -> str:
     columns, rows = sensitivity_columns(found.layers), found.layers[:ROWS]
     shown = {
         "title": f"{found.model}: sensitivity to {found.recipe}",
-        "subtitle": f"{found.scheme}, each layer rounded to nearest while all others stay exact. "
-        + " ".join(remarks(found)),
+        "subtitle": "Each layer rounded to nearest while all others stay exact. " + " ".join(remarks(found)),
         "notes": [],
         "tiles": _tiles(found),
         "flagged": [],

@@ -6,13 +6,16 @@ opened again; the judge computes in float32, so that nothing but the compression
 from the original in nats, on held-out text and on the calibration samples, for each calibration seed. CPU seconds are
 those of the whole run, from reading to the written report.
 
-    python benchmarks/fp8_scales.py [--seeds 3] [--factors 1,1024,4096,16384]
+    python benchmarks/fp8_scales.py [--seeds 3] [--factors 1,4096,16384] [--work DIR]
+
+Finished rows stay in the work folder: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -45,9 +48,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "lepto extended": ("fp8_lepto_extended", {}),
     "dynamic": ("fp8_dynamic", {}),
 }
+REPEATED = ("static", "lepto", "lepto extended")  # for every calibration seed
 CACHE = "compression__quantization__quant_method__kv_cache"
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "static": ("fp8_static", {}),
     "static, cache per tensor": ("fp8_static_kv", {}),
     "static, cache per head": ("fp8_static_kv", {CACHE: "per-head"}),
 }
@@ -115,59 +118,77 @@ def cache_alone(judged: Judged, out: Path, roles: str) -> float:
         return judged.divergence(model, "held_out")
 
 
+def rows_of(factor: float, seed: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return what is measured on one model with one calibration set; recipes for orientation once a model."""
+    found = {name: RECIPES[name] for name in RECIPES if seed == 0 or name in REPEATED}
+    return found | (CACHES if factor == 1 else {})
+
+
 def main() -> None:
-    """Measure every recipe on every model and seed, write the results and their bars."""
+    """Measure what is not in the work folder yet; write the results and their bars when all is there."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--factors", default="1,1024,4096,16384")
+    parser.add_argument("--factors", default="1,4096,16384")
+    parser.add_argument("--work", type=Path, default=Path("fp8-scales"), help="finished rows stay here")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
     raw: list[dict[str, Any]] = []
-    caches: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for factor in map(float, options.factors.split(",")):
-            original = builtin_model("tiny-lm")
-            model = (
-                original
-                if factor == 1
-                else plant_outliers(original, work / f"times-{factor:g}", factor=factor)
-            )
-            for seed in range(options.seeds):
-                judged = Judged(model, work, seed)
-                for name, (recipe, settings) in RECIPES.items():
-                    found = {
-                        "factor": factor,
-                        "recipe": name,
-                        "seed": seed,
-                        **judged.measure(recipe, settings)[0],
-                    }
-                    raw.append(found)
-                    print(found, flush=True)
-                for name, (recipe, settings) in CACHES.items() if factor == 1 else ():
-                    found, out = judged.measure(recipe, settings)
-                    if name.endswith("tensor"):
-                        found |= {
-                            f"only_{roles}_kl": cache_alone(judged, out, roles) for roles in ("kv", "qkv")
-                        }
-                    caches.append({"recipe": name, "seed": seed, **found})
-                    print(caches[-1], flush=True)
+    for factor in map(float, options.factors.split(",")):
+        model = planted(options.work, factor)
+        for seed in range(options.seeds):
+            judged: Judged | None = None
+            for name, (recipe, settings) in rows_of(factor, seed).items():
+                file = (
+                    options.work / f"row-{factor:g}-{seed}-{name.replace(', ', '-').replace(' ', '-')}.json"
+                )
+                if not file.is_file():
+                    judged = judged or Judged(model, options.work, seed)
+                    file.write_text(
+                        json.dumps(
+                            {
+                                "factor": factor,
+                                "recipe": name,
+                                "seed": seed,
+                                **row(judged, recipe, settings, name),
+                            }
+                        )
+                    )
+                raw.append(json.loads(file.read_text("utf-8")))
+                print(raw[-1], flush=True)
     settings = {"model": "tiny-lm", "samples": SAMPLES, "tokens": TOKENS, "held_out_tokens": WINDOWS * TOKENS}
-    write("fp8_scales", {**settings, "rows": raw, "caches": caches}, bars(raw, caches))
+    write("fp8_scales", {**settings, "rows": raw}, bars(raw))
 
 
-def bars(raw: list[dict[str, Any]], caches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def planted(work: Path, factor: float) -> Path:
+    """Return the built-in model, with outliers where the factor is not 1."""
+    folder = work / f"times-{factor:g}"
+    if factor == 1:
+        return builtin_model("tiny-lm")
+    return folder if folder.is_dir() else plant_outliers(builtin_model("tiny-lm"), folder, factor=factor)
+
+
+def row(judged: Judged, recipe: str, settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Measure one recipe; of a cache per tensor also what the cache alone costs."""
+    found, out = judged.measure(recipe, settings)
+    if name == "static, cache per tensor":
+        found |= {f"only_{roles}_kl": cache_alone(judged, out, roles) for roles in ("kv", "qkv")}
+    shutil.rmtree(out.parent)
+    return found
+
+
+def bars(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare with the ordinary static scales: means over seeds, and medians of times."""
 
-    def mean(rows: list[dict[str, Any]], name: str, figure: str, **given: Any) -> float:
-        kept = [row for row in rows if row["recipe"] == name and given.items() <= row.items()]
-        return statistics.fmean(row[figure] for row in kept)
+    def mean(name: str, figure: str, factor: float) -> float:
+        kept = [each for each in raw if (each["recipe"], each["factor"]) == (name, factor)]
+        return statistics.fmean(each[figure] for each in kept)
 
     found = []
     for factor in dict.fromkeys(row["factor"] for row in raw):
         for name in ("lepto", "lepto extended"):
             for text in ("held_out", "calibration"):
-                figures = [mean(raw, which, f"{text}_kl", factor=factor) for which in (name, "static")]
+                figures = [mean(which, f"{text}_kl", factor) for which in (name, "static")]
                 words = f"outliers x{factor:g}, {text.replace('_', ' ')}: KL of {name} over static"
                 found.append(bar(words, figures[0] / figures[1], 1.0, at_most=True))
     for name in ("lepto", "lepto extended"):
@@ -177,8 +198,8 @@ def bars(raw: list[dict[str, Any]], caches: list[dict[str, Any]]) -> list[dict[s
         plain = {(row["factor"], row["seed"]): row["cpu_seconds"] for row in raw if row["recipe"] == "static"}
         ratio = statistics.median(row["cpu_seconds"] / plain[row["factor"], row["seed"]] for row in own)
         found.append(bar(f"{name}: CPU time over static's", ratio, 3.0, at_most=True))
-    for name in list(CACHES)[1:]:
-        ratio = mean(caches, name, "held_out_kl") / mean(caches, "static", "held_out_kl")
+    for name in CACHES:
+        ratio = mean(name, "held_out_kl", 1.0) / mean("static", "held_out_kl", 1.0)
         found.append(bar(f"KL of {name} over static", ratio, 2.0, at_most=True))
     return found
 

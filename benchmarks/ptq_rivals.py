@@ -39,7 +39,7 @@ GROUPS = (  # what is compared with one another runs together
     (Entry(LC, "gptq_w4"), Entry(GM, "gptq_w4"), Entry(OURS, "gptq_w4")),
     (Entry(GM, "gptaq_w4"), Entry(OURS, "gptaq_w4")),
     (Entry(LC, "awq_w4"), Entry(OURS, "awq_w4")),
-    (Entry(LC, "autoround_w4"), Entry(OURS, "autoround_w4"), Entry(OURS, "best_w4")),
+    (Entry(LC, "autoround_w4"), Entry(OURS, "best_w4"), Entry(OURS, "best_asym_w4")),
     (Entry(LC, "smooth_gptq_w8a8"), Entry(OURS, "smooth_gptq_w8a8")),
     (Entry(LC, "fp8_static"), Entry(PUBLISHED, "fp8_static"), Entry(OURS, "fp8_static")),
     (
@@ -155,7 +155,12 @@ def main() -> None:
     }
     for line in raw["gains"]:
         print(line)
-    whole = not only and not options.first_seed and not any("error" in row for row in rows) and {*originals} == {*MODELS}
+    whole = (
+        not only
+        and not options.first_seed
+        and not any("error" in row for row in rows)
+        and {*originals} == {*MODELS}
+    )
     write("ptq_rivals", raw, all_bars(rows), RESULTS if whole else options.work)
     if not whole:
         print(f"Only a part was measured; it stands in {options.work / 'ptq_rivals.json'}.")

@@ -140,7 +140,9 @@ def _letters(marker: str) -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": [marker]})
     tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}"
-        "{% if part.type == 'text' %}{{ part.text }}{% else %}" + marker + "{% endif %}{% endfor %}\n{% endfor %}"
+        "{% if part.type == 'text' %}{{ part.text }}{% else %}"
+        + marker
+        + "{% endif %}{% endfor %}\n{% endfor %}"
     )
     return tokenizer
 

@@ -42,7 +42,6 @@ LAYERS = {
     "pipeline": 7,
     "convert": 7,
     "analyze": 7,
-    "analyze": 7,
     "engine": 8,
     "lab": 8,
     "cli": 9,

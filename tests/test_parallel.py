@@ -59,8 +59,12 @@ def test_two_processes_equal_one(recipe, mixture, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     same = [float((one[name] == two[name]).float().mean()) for name in one]
-    assert min(same) == 1.0 if recipe == "fp8_static" else sum(same) / len(same) > 0.99  # sums differ in rounding
+    assert (
+        min(same) == 1.0 if recipe == "fp8_static" else sum(same) / len(same) > 0.99
+    )  # sums differ in rounding
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
     assert records[0]["experts"] == records[1]["experts"]
     scales = [[layer["input_scale"] or 0.0 for layer in record["layers"]] for record in records]
-    assert scales[0] == pytest.approx(scales[1], rel=1e-5)  # products of other sizes differ in their last bits
+    assert scales[0] == pytest.approx(
+        scales[1], rel=1e-5
+    )  # products of other sizes differ in their last bits

@@ -103,7 +103,9 @@ def test_kill_9_at_ten_random_moments_gives_the_same_bytes(deep_folder, texts, w
     out, rng = tmp_path / "out", random.Random(7)
     deaths = 0
     for _ in range(10):
-        process = multiprocessing.get_context("fork").Process(target=_run_alone, args=(deep_folder, texts, out))
+        process = multiprocessing.get_context("fork").Process(
+            target=_run_alone, args=(deep_folder, texts, out)
+        )
         process.start()
         time.sleep(rng.uniform(0.05, 0.6))
         process.kill()

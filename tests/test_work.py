@@ -35,7 +35,9 @@ def saved(family: str, folder: Path) -> Path:
 @pytest.mark.parametrize("recipe", ["int4_gptq", "int4_gptaq"])
 def test_a_mixture_is_calibrated_expert_by_expert(recipe, tmp_path):
     folder = saved("deepseek_v3", tmp_path / "model")
-    job = job_for(folder, recipe, *SHORT, GROUP, texts(tmp_path), "compression.quantization.ignore_layers=[kv_b]")
+    job = job_for(
+        folder, recipe, *SHORT, GROUP, texts(tmp_path), "compression.quantization.ignore_layers=[kv_b]"
+    )
     record = pipeline.run(job, tmp_path / "out")
     experts = [layer for layer in record.layers if ".experts." in layer.name]
     assert len(experts) == 12 and all(layer.output_error is not None for layer in experts)

@@ -209,7 +209,8 @@ def _check_processes(steps: Sequence[tuple[Stage, Blockwise]]) -> None:
     alone = [stage.method for stage, step in steps if not step.merges]
     if alone and parallel.world() > 1:
         raise ConfigError(
-            f"{alone[0]} works in one process; {parallel.world()} were started.", fix="Run it without torchrun."
+            f"{alone[0]} works in one process; {parallel.world()} were started.",
+            fix="Run it without torchrun.",
         )
 
 

@@ -22,6 +22,8 @@ COMMANDS = (
     "export",
     "serve",
     "lab",
+    "analyze",
+    "sensitivity",
 )
 
 
@@ -78,7 +80,10 @@ def test_every_command_explains_itself(command, cli):
     assert "Usage:" in outcome.out
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "inspect", "validate", "cp", "eval", "export", "serve"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "plan", "inspect", "validate", "analyze", "sensitivity", "cp", "eval", "export", "serve"],
+)
 def test_help_has_examples(command, cli):
     assert f"angelslim {command} " in cli(command, "--help").out.partition("Usage:")[2].partition("\n")[2]
 

@@ -127,8 +127,10 @@ ASKED = {
     "pruning_layer": ["pruning dart", "pruning dart"],
     "ptq_blockwise": ["ptq rtn: W fp8_e4m3 per-block 128x128, A fp8_e4m3 per-group 128 dynamic"],
     "ptq_daq": ["ptq daq: W fp8_e4m3 per-block 128x128, A fp8_e4m3 per-group 128 dynamic"],
-    "ptq_fp8_static": ["transform kv_cache",
-                       "ptq rtn: W fp8_e4m3 per-tensor, A fp8_e4m3 per-tensor static, KV fp8_e4m3 per-tensor"],
+    "ptq_fp8_static": [
+        "transform kv_cache",
+        "ptq rtn: W fp8_e4m3 per-tensor, A fp8_e4m3 per-tensor static, KV fp8_e4m3 per-tensor",
+    ],
     "ptq_int4_awq": ["transform awq", "ptq rtn: W int4 per-group 128 asymmetric"],
     "ptq_int8_smooth": ["transform smooth", "ptq rtn: W int8 per-channel, A int8 per-token dynamic"],
     "ptq_w4a8_engine": ["calibrate vllm", "ptq rtn: W int4 per-group 128, A fp8_e4m3 per-tensor static"],

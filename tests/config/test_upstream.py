@@ -135,7 +135,9 @@ def test_caches_are_fp8_whatever_the_weights_are():
     assert str(ask("nvfp4", kv_cache="per-head").scheme.kv) == "fp8_e4m3 per-head"
     assert ask("fp8_static").scheme.kv is None
     spelled = {"weight": {"format": "int8"}, "kv": {"format": "fp8_e4m3", "granularity": "per-head"}}
-    assert ask("fp8_static", {"scheme": spelled}).scheme.kv == ask("int8_dynamic", kv_cache="per-head").scheme.kv
+    assert (
+        ask("fp8_static", {"scheme": spelled}).scheme.kv == ask("int8_dynamic", kv_cache="per-head").scheme.kv
+    )
 
 
 def test_a_quantized_cache_is_a_stage_of_its_own():

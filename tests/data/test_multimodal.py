@@ -38,7 +38,10 @@ def record(part: dict, text: str = "What?") -> dict:
 def test_files_and_data_urls_give_the_same_image(tmp_path):
     (tmp_path / "red.png").write_bytes(png())
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
-    rows = [record({"type": "image", "image": "red.png"}), record({"type": "image_url", "image_url": {"url": url}})]
+    rows = [
+        record({"type": "image", "image": "red.png"}),
+        record({"type": "image_url", "image_url": {"url": url}}),
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     one, other = (turns[0]["content"][0]["image"] for turns in read_conversations(tmp_path / "rows.jsonl"))
     assert one.size == (20, 12) and one.tobytes() == other.tobytes()

@@ -10,7 +10,7 @@ import angelslim
 from angelslim import pipeline
 from angelslim.base.errors import ConfigError
 from angelslim.methods.base import PTQ
-from angelslim.methods.ptq._shared import head_of
+from angelslim.methods.ptq._shared import head_of, round_weight
 from angelslim.methods.ptq.gptq import DAMPED, FACTORING, GPTQ, OUTSIDE, SINGULAR, UNREACHED
 from angelslim.models.activations import ActivationStore
 from angelslim.models.block import Block
@@ -18,7 +18,7 @@ from angelslim.models.checkpoint import UnitWriter
 from angelslim.models.loading import open_model
 from angelslim.models.select import groups_by_linear, select
 from angelslim.models.walk import BlockStream
-from angelslim.numerics.compensate import Hessian, output_error
+from angelslim.numerics.compensate import Hessian, factorize, gptq, output_error
 from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import PRESETS, with_group
 from angelslim.plan import activation_bytes, peak_memory
@@ -301,6 +301,23 @@ def test_more_damping_than_usual_is_said(tiny_folder):
         return hessian
 
     assert {result.record.note for result in results_with(hessian_of, tiny_folder)} == {DAMPED}
+
+
+def test_clipped_ranges_lose_less_of_the_outputs():
+    """Heavy tails: a few large weights widen their groups' steps."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(512, 256, generator=generator)
+    weight = torch.randn(64, 256, generator=generator) ** 3
+    hessian = Hessian(256)
+    hessian.update(inputs)
+    factor = factorize(hessian)
+    assert factor is not None
+    quant = PRESETS["int4"].weight
+    lost = [
+        output_error(weight, gptq(weight, factor, round_weight(weight, quant, None, squares)), hessian.matrix)
+        for squares in (None, hessian.matrix)
+    ]
+    assert lost[1] < 0.95 * lost[0]
 
 
 # ------------------------------------------------------------------------------------------------- plans

@@ -78,8 +78,12 @@ class Block:
         default_factory=dict
     )  # checkpoint tensors that the source does not have
     advanced: bool = False
-    streamed: tuple[Layer, ...] = ()  # layers of its streamed experts, which come later as blocks of their own
-    expert_scales: dict[str, Tensor] = field(default_factory=dict)  # stack's path -> what its inputs were scaled by
+    streamed: tuple[
+        Layer, ...
+    ] = ()  # layers of its streamed experts, which come later as blocks of their own
+    expert_scales: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # stack's path -> what its inputs were scaled by
 
     @property
     def samples(self) -> int:

@@ -29,15 +29,22 @@ from torch import Tensor
 
 from ..base import parallel
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
+from .scheme import Format
 
 LAZY = 128  # columns whose effect on the rest is applied as one matrix product
+INNER = 32  # the same inside a lazy block: short updates stay in a processor's cache
+PANELS = 8  # strips in which the upper half of a symmetric sum is accumulated
+LEAF = 128  # triangles up to this size are inverted directly
 DAMP = 0.01
 ALPHA = 0.25  # share of the drift that GPTAQ corrects
 RETRIES = (1.0, 10.0, 100.0)
 
 
 class Hessian:
-    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32."""
+    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32.
+
+    Of the first, which is symmetric, only the upper half is summed up: nearly half of the work.
+    """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.tokens = 0
@@ -48,7 +55,11 @@ class Hessian:
         """Take in inputs ``[tokens, in]``, with those of the original model for the same tokens if known."""
         inputs = inputs.float()
         self.tokens += inputs.shape[0]
-        self._squares.addmm_(inputs.T, inputs)
+        width = len(self._squares)
+        panel = max(-(-width // PANELS), 64)
+        for start in range(0, width, panel):  # the lower half is the upper one's mirror image
+            part = self._squares[start : start + panel, start:]
+            part.addmm_(inputs[:, start : start + panel].T, inputs[:, start:])
         if originals is not None:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._squares)
@@ -60,12 +71,15 @@ class Hessian:
         self.tokens = parallel.total_count(self.tokens)
         self._squares = parallel.total(self._squares)
         if drifts:
-            self._drift = parallel.total(torch.zeros_like(self._squares) if self._drift is None else self._drift)
+            self._drift = parallel.total(
+                torch.zeros_like(self._squares) if self._drift is None else self._drift
+            )
 
     @property
     def matrix(self) -> Tensor:
         """H, the mean over tokens."""
-        return self._squares / max(self.tokens, 1)
+        upper = self._squares.triu() / max(self.tokens, 1)
+        return upper + upper.triu(1).T
 
     @property
     def drift(self) -> Tensor | None:
@@ -99,13 +113,27 @@ def inverse_factor(hessian: Tensor, damp: float = DAMP) -> tuple[Tensor, float] 
         del damped  # of a wide layer each of these is gigabytes
         if failed.item() or not lower.diagonal().isfinite().all():
             continue
-        identity = torch.eye(len(lower), device=lower.device)
-        upper = torch.linalg.solve_triangular(lower, identity, upper=False)
-        del lower, identity
-        upper = upper.flip(0, 1)
+        upper = _inverse_of_lower(lower).flip(0, 1)
+        del lower
         if upper.isfinite().all():
             return upper, damping
     return None
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix by halves: a third of the work of solving for the identity."""
+    size = len(lower)
+    if size <= LEAF:
+        small: Tensor = torch.linalg.solve_triangular(
+            lower, torch.eye(size, device=lower.device), upper=False
+        )
+        return small
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = last @ (lower[half:, :half] @ first).neg_()
+    return inverse
 
 
 def factorize(
@@ -148,22 +176,59 @@ def gptq(weight: Tensor, factor: Factor, rounded: Quantized) -> Quantized:
         stop = min(start + LAZY, shape[1])
         columns = order[start:stop]
         scale = scales[:, columns].T.contiguous()
-        zero = torch.zeros_like(scale) if zeros is None else zeros[:, columns].T.contiguous()
-        block, errors = work[start:stop], torch.empty_like(scale)
-        for row in range(stop - start):
-            value, column = block[row], start + row
-            code = round_to(value / scale[row] + zero[row], quant.format)
-            restored = (code.float() - zero[row]) * scale[row]
-            errors[row] = (value - restored) / upper[column, column]
-            codes[column] = code
-            block[row + 1 :].addr_(upper[column, column + 1 : stop], errors[row], alpha=-1)
-            if drift is not None:
-                block[row + 1 :].addr_(drift[column, column + 1 : stop], value)
+        zero = None if zeros is None else zeros[:, columns].T.contiguous()
+        errors = torch.empty_like(scale)
+        within = None if drift is None else drift[start:stop, start:stop]
+        chosen = _round_block(
+            work[start:stop], errors, upper[start:stop, start:stop], within, scale, zero, quant.format
+        )
+        codes[start:stop] = chosen.to(codes.dtype)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         if drift is not None:
-            work[stop:].addmm_(drift[start:stop, stop:].T, block)
+            work[stop:].addmm_(drift[start:stop, stop:].T, work[start:stop])
     in_place = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
     return replace(rounded, codes=in_place)
+
+
+def _round_block(
+    block: Tensor,
+    errors: Tensor,
+    upper: Tensor,
+    drift: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    grid: Format,
+) -> Tensor:
+    """Round the columns of a lazy block ``[columns, out]``, write their errors, return their codes in float32.
+
+    `block` keeps each column's value from just before it was rounded.
+    """
+    chosen, count = torch.empty_like(block), len(block)
+    steps = upper.diagonal().tolist()
+    for start in range(0, count, INNER):
+        stop = min(start + INNER, count)
+        for row in range(start, stop):
+            value, code, error = block[row], chosen[row], errors[row]
+            torch.div(value, scale[row], out=code)
+            if zero is not None:
+                code.add_(zero[row])
+            round_in_place(code, grid)
+            torch.sub(code, 0.0 if zero is None else zero[row], out=error)
+            torch.sub(value, error.mul_(scale[row]), out=error).div_(steps[row])
+            block[row + 1 : stop].addr_(upper[row, row + 1 : stop], error, alpha=-1)
+            if drift is not None:
+                block[row + 1 : stop].addr_(drift[row, row + 1 : stop], value)
+        block[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+        if drift is not None:
+            block[stop:].addmm_(drift[start:stop, stop:].T, block[start:stop])
+    return chosen
+
+
+def round_in_place(values: Tensor, grid: Format) -> Tensor:
+    """Replace float32 values by their codes, as `round_to` chooses them, still in float32."""
+    if grid.kind == "int":
+        return values.round_().clamp_(grid.low, grid.high)
+    return values.copy_(round_to(values, grid))
 
 
 def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:

@@ -8,11 +8,13 @@ Activations themselves are not quantized on the way, also where the scheme quant
 With `gptaq` (Li et al. 2025) the original model's activations travel beside and each layer aims at the output that
 it had in the original model. That doubles the stored activations and adds a third run of each block.
 
-Some layers have no Hessian: experts of a fused stack (no linear of their own to watch, and routed past: few
-tokens), embeddings and heads outside the blocks, linears that no sample reached. They are rounded to nearest, and
-so is a group whose Hessian cannot be factored; each carries a note in the record, and the run ends with a warning.
-Refusing would leave users of such models with nothing, silence with a false idea of what they have. Rounded experts
-are not put back into the block, so what they lose is not passed on.
+Some layers have no Hessian: experts that the checkpoint stores as one stack, embeddings and heads outside the blocks,
+linears that no sample reached. They are rounded to nearest, and so is a group whose Hessian cannot be factored; each
+carries a note in the record, and the run ends with a warning. Refusing would leave users of such models with nothing,
+silence with a false idea of what they have.
+
+With `mse_range` each group's range is clipped first where that loses less of the layer's output (`numerics.clip`); the
+paper's ranges reach to the largest weight, and stay the default.
 """
 
 from __future__ import annotations
@@ -35,13 +37,14 @@ UNREACHED = "rounded to nearest: no calibration token reached it"
 SINGULAR = "rounded to nearest: its Hessian could not be factored, with more damping neither"
 DAMPED = "the Hessian needed more damping than usual"
 
+SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
 FACTORING = 6  # matrices [in, in] beside the Hessian at the worst moment of factoring it, as measured
 
 
 class GPTQ:
-    """Options: `actorder`, `damp`, `gptaq`, `alpha`; `observer` and `percentile` for static activations."""
+    """Options: `actorder`, `damp`, `gptaq`, `alpha`, `mse_range`; `observer` and `percentile` for static activations."""
 
-    reads = frozenset({"actorder", "damp", "gptaq", "alpha", "observer", "percentile"})
+    reads = frozenset({"actorder", "damp", "gptaq", "alpha", "mse_range", "observer", "percentile"})
 
     merges = True
 
@@ -50,6 +53,7 @@ class GPTQ:
         self.damp = _share(options, "damp", compensate.DAMP)
         self.alpha = _share(options, "alpha", compensate.ALPHA)
         self.follows_original = bool(options.get("gptaq", False))
+        self.clips = bool(options.get("mse_range", False))
         self.observer = str(options.get("observer", "absmax"))
         self.percent = float(options.get("percentile", 99.99))
         make_observer(self.observer, format_named("fp8_e4m3"), self.percent)  # an unknown name fails now
@@ -63,7 +67,10 @@ class GPTQ:
         paths = {layer.module: layer.shape[1] for layer in layers if layer.module is not None}
         widths = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
         held = sum(widths.values()) * (2 if self.follows_original else 1)
-        return held + FACTORING * max(widths.values(), default=0)
+        clipping = (
+            SEARCHING * 4 * max((x.shape[0] * x.shape[1] for x in layers), default=0) if self.clips else 0
+        )
+        return held + max(FACTORING * max(widths.values(), default=0), clipping)
 
     def process(self, block: Block) -> None:
         """Round every layer, put the rounded weights into the block and run the samples through it."""
@@ -112,7 +119,7 @@ class GPTQ:
         shared = shared_scale(block, members)
         for layer in members:
             weight = block.weight(layer)
-            quantized = round_weight(weight, layer.scheme.weight, shared)
+            quantized = round_weight(weight, layer.scheme.weight, shared, squares if self.clips else None)
             error = scale = histogram = None
             if factor is not None and squares is not None:
                 quantized = compensate.gptq(weight, factor, quantized)

@@ -45,10 +45,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "static, percentile": ("fp8_static", {OBSERVER: "percentile"}),
     "static, mse": ("fp8_static", {OBSERVER: "mse"}),
     "lepto": ("fp8_lepto", {}),
+    "lepto, margin 0": ("fp8_lepto", {"compression__quantization__quant_method__lepto_margin": 0.0}),
     "lepto extended": ("fp8_lepto_extended", {}),
     "dynamic": ("fp8_dynamic", {}),
 }
-REPEATED = ("static", "lepto", "lepto extended")  # for every calibration seed
+REPEATED = ("static", "lepto", "lepto, margin 0", "lepto extended")  # for every calibration seed
 CACHE = "compression__quantization__quant_method__kv_cache"
 CACHES: dict[str, tuple[str, dict[str, Any]]] = {
     "static, cache per tensor": ("fp8_static_kv", {}),
@@ -186,7 +187,7 @@ def bars(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     found = []
     for factor in dict.fromkeys(row["factor"] for row in raw):
-        for name in ("lepto", "lepto extended"):
+        for name in ("lepto", "lepto, margin 0", "lepto extended"):
             for text in ("held_out", "calibration"):
                 figures = [mean(which, f"{text}_kl", factor) for which in (name, "static")]
                 words = f"outliers x{factor:g}, {text.replace('_', ' ')}: KL of {name} over static"

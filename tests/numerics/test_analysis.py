@@ -25,7 +25,7 @@ def precise(tensor):
     return tensor.float().double().numpy().reshape(-1)
 
 
-@pytest.fixture(params=[1 << 22, 1000], ids=["one chunk", "several chunks"])
+@pytest.fixture(params=[1 << 18, 1000], ids=["one chunk", "several chunks"])
 def chunk(request, monkeypatch):
     monkeypatch.setattr(analysis, "CHUNK", request.param)
 

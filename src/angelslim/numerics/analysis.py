@@ -40,7 +40,7 @@ from .error import Histogram
 from .quantize import Quantized, round_to
 from .scheme import Format
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18  # values; what is in between stays in the cache
 BINS = 1 << 16  # resolution of the distributions that are compared
 PLOT_BINS = 1 << 7  # of those that are drawn
 MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution is 0.6745 sigma

@@ -1,7 +1,7 @@
 """The section ``compression.quantization``: which numbers, which algorithm, which layers.
 
 The public keys keep the public dialect's names. Ours are `scheme`, `overrides`, `observer`, `percentile`, `format`,
-`quantize_lm_head`, `quantize_embeddings`, and `alpha`, `damp`, `lepto_extended` and `lepto_margin` of `quant_method`.
+`quantize_lm_head`, `quantize_embeddings`, and what `QuantMethod` has from `alpha` to `lepto_margin`.
 `upstream.stages` turns this section into a method and a `numerics.scheme.Scheme`.
 """
 
@@ -30,6 +30,14 @@ class QuantMethod(Section):
     alpha: Share | None = None  # GPTAQ: share of the drift that is corrected
     duo: bool | None = None  # AWQ: whether scales that also look at the weights are tried
     damp: Share | None = None  # GPTQ: share of the mean diagonal that is added to the Hessian
+    signed_scales: bool | None = None  # GPTQ: symmetric scales may be negative
+    descent: Count | None = None  # GPTQ: passes of coordinate descent over codes and scales after rounding
+    aim: Share | None = None  # GPTQ: share of the drift that weights are corrected by before they are rounded
+    true_sequential: bool | None = None  # GPTQ: later linears of a block see earlier ones rounded
+    iterations: Count | None = None  # learned rounding: steps
+    lr: Number | None = None  # learned rounding: the first step
+    learn_batch: Count | None = None  # learned rounding: samples a step
+    learn_from: Literal["nearest", "gptq"] | None = None  # learned rounding: the codes to start from
     lepto_extended: bool | None = None  # LeptoQuant: candidates beyond the paper's
     lepto_margin: Share | None = None  # LeptoQuant: what a block's scales must gain to be kept
     dequant_to_bf16: bool | None = None

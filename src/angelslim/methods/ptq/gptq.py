@@ -13,23 +13,35 @@ linears that no sample reached. They are rounded to nearest, and so is a group w
 carries a note in the record, and the run ends with a warning. Refusing would leave users of such models with nothing,
 silence with a false idea of what they have.
 
-With `mse_range` each group's range is clipped first where that loses less of the layer's output (`numerics.clip`); the
-paper's ranges reach to the largest weight, and stay the default.
+Four options go beyond the papers, and are off by default (`numerics.refine` has their arithmetic):
+
+* `mse_range` shrinks each range first where that loses less after compensation; the papers' reach to the largest weight.
+* `signed_scales` also lets symmetric scales be negative, which turns the longer end of the grid to that weight.
+* `descent` passes over scales and codes follow, each best given all others.
+* `aim` corrects each weight before it is rounded, so that it gives the original model's outputs from the inputs that it
+  has now; like `gptaq` it follows the original model, and replaces it.
+
+`true_sequential` runs the samples again before each group of a block but the first, so that its Hessian knows what
+rounding did to the groups before it (o_proj sees rounded q, k, v).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ...base.errors import ConfigError
 from ...models.block import Block, ObservePair
 from ...models.select import Layer
 from ...models.structure import Group
-from ...numerics import compensate
+from ...numerics import compensate, refine
 from ...numerics.observers import make_observer
-from ...numerics.scheme import Scheme, format_named
-from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
+from ...numerics.quantize import Quantized, quantize_with, scale_type
+from ...numerics.scheme import PER_TENSOR, Scheme, format_named
+from ._shared import InputStatistics, Shared, by_group, head_of, round_weight, shared_scale
 
 EXPERT = "rounded to nearest: an expert of a fused stack has no inputs of its own to watch"
 OUTSIDE = "rounded to nearest: it lies outside the blocks"
@@ -42,21 +54,52 @@ FACTORING = 6  # matrices [in, in] beside the Hessian at the worst moment of fac
 
 
 class GPTQ:
-    """Options: `actorder`, `damp`, `gptaq`, `alpha`, `mse_range`; `observer` and `percentile` for static activations."""
+    """Options: `actorder`, `damp`, `gptaq`, `alpha`, `mse_range`, `signed_scales`, `descent`, `aim`, `true_sequential`;
+    `observer` and `percentile` for static activations.
+    """  # fmt: skip
 
-    reads = frozenset({"actorder", "damp", "gptaq", "alpha", "mse_range", "observer", "percentile"})
-
+    reads = frozenset(
+        {
+            "actorder",
+            "damp",
+            "gptaq",
+            "alpha",
+            "mse_range",
+            "signed_scales",
+            "descent",
+            "aim",
+            "true_sequential",
+        }
+        | {"observer", "percentile"}
+    )
     merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.act_order = bool(_given(options, "actorder", True))
         self.damp = _share(options, "damp", compensate.DAMP)
         self.alpha = _share(options, "alpha", compensate.ALPHA)
-        self.follows_original = bool(options.get("gptaq", False))
+        self.gptaq, self.aim = bool(options.get("gptaq", False)), _share(options, "aim", 0.0)
+        self.follows_original = self.gptaq or self.aim > 0
         self.clips = bool(options.get("mse_range", False))
+        self.signed = bool(options.get("signed_scales", False))
+        self.descent = int(_given(options, "descent", 0))
+        self.sequential = bool(options.get("true_sequential", False))
+        self._refuse_contradictions()
         self.observer = str(options.get("observer", "absmax"))
         self.percent = float(options.get("percentile", 99.99))
         make_observer(self.observer, format_named("fp8_e4m3"), self.percent)  # an unknown name fails now
+
+    def _refuse_contradictions(self) -> None:
+        if self.gptaq and (self.aim or self.descent):
+            raise ConfigError(
+                "GPTAQ corrects the drift column by column; aim and descent would correct it again, or undo it.",
+                fix="Use int4_gptq with aim and descent, or int4_gptaq without them.",
+            )
+        if self.sequential and self.follows_original:
+            raise ConfigError(
+                "true_sequential runs a block again, and the original's activations pass through it only once.",
+                fix="Leave out true_sequential, or gptaq and aim.",
+            )
 
     def needs_data(self, scheme: Scheme) -> bool:
         """Hessians come from calibration inputs, whatever the scheme."""
@@ -74,26 +117,41 @@ class GPTQ:
 
     def process(self, block: Block) -> None:
         """Round every layer, put the rounded weights into the block and run the samples through it."""
-        hessians, ranges = self._observe(block) if block.samples else ({}, {})
-        for members in by_group(block):
-            self._quantize_group(block, members, hessians, ranges)
+        groups = {self._head(block, members[0]): members for members in by_group(block)}
+        hessians, ranges = self._observe(block, list(groups)) if block.samples else ({}, {})
+        # Heads are watched in the order in which they run, which is not that of the checkpoint.
+        ordered = [*hessians, *(head for head in groups if head not in hessians)]
+        for number, head in enumerate(ordered):
+            if self.sequential and number and head in hessians:
+                hessians.pop(head)
+                hessians |= self._observe(block, [head])[0]
+            self._quantize_group(block, groups[head], hessians, ranges)
         if block.samples:
             block.advance()
 
-    def _observe(self, block: Block) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
-        """Return the Hessian, and the static range if one is needed, of each group's head."""
+    @staticmethod
+    def _head(block: Block, layer: Layer) -> str:
+        """Return what stands for a group: the linear that is watched, or the tensor of what cannot be."""
+        return layer.tensor if layer.module is None else head_of(block, layer)
+
+    def _observe(
+        self, block: Block, heads: Sequence[str]
+    ) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
+        """Return the Hessian, and the static range if one is needed, of each head, in the order they ran."""
         hessians: dict[str, compensate.Hessian] = {}
         ranges: dict[str, InputStatistics] = {}
+        ran: dict[str, None] = {}
         for layer in block.layers:
-            if layer.module is None:
+            head, quant = self._head(block, layer), layer.scheme.input
+            if layer.module is None or head not in heads:
                 continue
-            head, quant = head_of(block, layer), layer.scheme.input
             if head not in hessians:
                 hessians[head] = compensate.Hessian(layer.shape[1], block.device)
             if head not in ranges and quant is not None and quant.calibrated:
                 ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
         watched: dict[str, ObservePair] = {
-            head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()
+            head: _watching(hessian, ranges.get(head), partial(ran.setdefault, head))
+            for head, hessian in hessians.items()
         }
         if self.follows_original:
             block.compare(watched)
@@ -103,7 +161,9 @@ class GPTQ:
             hessians[head].merge()
         for head in ranges:
             ranges[head].merge()
-        return hessians, ranges
+        return {
+            head: hessians[head] for head in [*ran, *(head for head in hessians if head not in ran)]
+        }, ranges
 
     def _quantize_group(
         self,
@@ -119,17 +179,44 @@ class GPTQ:
         shared = shared_scale(block, members)
         for layer in members:
             weight = block.weight(layer)
-            quantized = round_weight(weight, layer.scheme.weight, shared, squares if self.clips else None)
             error = scale = histogram = None
-            if factor is not None and squares is not None:
-                quantized = compensate.gptq(weight, factor, quantized)
+            if factor is not None and squares is not None and hessian is not None:
+                exact = refine.aimed(weight, hessian, factor, self.aim) if self.aim else weight
+                start = self._scales(layer, weight, exact, factor, shared)
+                quantized = compensate.gptq(exact, factor, start)
+                if self.descent:
+                    quantized = refine.descended(
+                        exact, quantized, squares, damping=factor.damping, passes=self.descent
+                    )
                 error = compensate.output_error(weight, quantized, squares)
+            else:
+                quantized = round_weight(weight, layer.scheme.weight, shared)
             if head in ranges and layer.scheme.input is not None and layer.scheme.input.calibrated:
                 scale = ranges[head].scale(layer.scheme.input)
                 histogram = ranges[head].histogram(layer.scheme.input, scale)
             block.emit(layer, weight, quantized, scale, histogram, output_error=error, note=note)
             if head is not None and block.samples:
                 block.replace(layer, quantized.dequantize())
+
+    def _scales(
+        self, layer: Layer, weight: Tensor, exact: Tensor, factor: compensate.Factor, shared: Shared
+    ) -> Quantized:
+        """Return the weight rounded to nearest with the scales that compensation shall work with."""
+        quant = layer.scheme.weight
+        fixed = quant in shared and quant.granularity == PER_TENSOR
+        if fixed or not (self.clips or self.signed):
+            return round_weight(exact.to(weight.dtype), quant, shared)
+        outer = round_weight(weight, quant, shared).global_scale
+        scale, zero = refine.searched(
+            exact,
+            quant,
+            refine.importance(factor),
+            scale_type(quant, weight.dtype),
+            signed=self.signed,
+            steps=refine.STEPS if self.clips else 1,
+            outer=outer,
+        )
+        return quantize_with(exact, scale, zero, quant, outer)
 
     def _factorize(
         self, layer: Layer, hessian: compensate.Hessian | None
@@ -139,14 +226,18 @@ class GPTQ:
             return None, OUTSIDE if layer.block is None else EXPERT
         if not hessian.tokens:
             return None, UNREACHED
-        factor = compensate.factorize(hessian, act_order=self.act_order, damp=self.damp, alpha=self.alpha)
+        alpha = self.alpha if self.gptaq else 0.0
+        factor = compensate.factorize(hessian, act_order=self.act_order, damp=self.damp, alpha=alpha)
         if factor is None:
             return None, SINGULAR
         return factor, DAMPED if factor.damping > self.damp else ""
 
 
-def _watching(hessian: compensate.Hessian, statistics: InputStatistics | None) -> ObservePair:
+def _watching(
+    hessian: compensate.Hessian, statistics: InputStatistics | None, ran: Callable[[], object]
+) -> ObservePair:
     def watch(inputs: Any, originals: Any) -> None:
+        ran()
         hessian.update(inputs, originals)
         if statistics is not None:
             statistics.update(inputs)

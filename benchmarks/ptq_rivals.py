@@ -39,7 +39,12 @@ GROUPS = (  # what is compared with one another runs together
     (Entry(LC, "gptq_w4"), Entry(GM, "gptq_w4"), Entry(OURS, "gptq_w4")),
     (Entry(GM, "gptaq_w4"), Entry(OURS, "gptaq_w4")),
     (Entry(LC, "awq_w4"), Entry(OURS, "awq_w4")),
-    (Entry(LC, "autoround_w4"), Entry(OURS, "best_w4"), Entry(OURS, "best_asym_w4")),
+    (
+        Entry(LC, "autoround_w4"),
+        Entry(OURS, "autoround_w4"),
+        Entry(OURS, "best_w4"),
+        Entry(OURS, "best_asym_w4"),
+    ),
     (Entry(LC, "smooth_gptq_w8a8"), Entry(OURS, "smooth_gptq_w8a8")),
     (Entry(LC, "fp8_static"), Entry(PUBLISHED, "fp8_static"), Entry(OURS, "fp8_static")),
     (

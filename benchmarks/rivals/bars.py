@@ -18,6 +18,7 @@ QUALITY = (
     ("gptq_w4", "gptq_w4", 1.0),
     ("gptaq_w4", "gptaq_w4", 1.0),
     ("awq_w4", "awq_w4", 1.0),
+    ("autoround_w4", "autoround_w4", 1.0),
     ("best_w4", "autoround_w4", 1.0),
     ("best_asym_w4", "autoround_w4", 1.0),
     ("smooth_gptq_w8a8", "smooth_gptq_w8a8", 1.0),

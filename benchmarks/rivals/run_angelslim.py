@@ -9,6 +9,7 @@ RECIPES = {
     "gptq_w4": "int4_gptq",
     "gptaq_w4": "int4_gptaq",
     "awq_w4": "int4_awq",
+    "autoround_w4": "int4_autoround",
     "best_w4": "int4_best",
     "best_asym_w4": "int4_best_asym",
     "smooth_gptq_w8a8": "int8_smooth_gptq",
@@ -19,9 +20,10 @@ RECIPES = {
     "int8_dynamic": "int8_dynamic",
     "int8_smooth": "int8_smooth",
 }
+EXTRA = {"autoround_w4": {"compression__quantization__quant_method__iterations": 50}}  # as the other tool's
 
 
-def compress(task: Task, recipe: str) -> None:
+def compress(task: Task, name: str) -> None:
     """Compress with one of our recipes, all samples in their own order."""
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401  the others import it before their call, too
     from safetensors import safe_open
@@ -34,17 +36,18 @@ def compress(task: Task, recipe: str) -> None:
     with task.clock():
         run(
             task.model,
-            recipe,
+            RECIPES[name],
             out=task.out,
             dataset__data_path=task.ids,
             dataset__num_samples=samples,
             dataset__max_seq_length=tokens,
             evaluation__enabled=False,
+            **EXTRA.get(name, {}),
         )
 
 
 if __name__ == "__main__":
     main(
-        {name: lambda task, recipe=recipe: compress(task, recipe) for name, recipe in RECIPES.items()},
+        {name: lambda task, name=name: compress(task, name) for name in RECIPES},
         ("angelslim", "torch", "transformers"),
     )

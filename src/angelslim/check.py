@@ -28,8 +28,8 @@ def check(folder: Path) -> int:
     """Unpack every layer of a compressed folder or file and look for what engines would trip over.
 
     Shapes must be those of the model that config.json describes; codes and scales must agree in shape; scales must
-    be finite and positive; decoded weights, and those in full precision, finite. Returns how many quantized layers
-    there are.
+    be finite and positive, or of symmetric integers at least not zero; decoded weights, and those in full precision,
+    finite. Returns how many quantized layers there are.
     """
     if folder.is_file() and folder.suffix[1:] in FILES:
         return FILES.get(folder.suffix[1:]).check(folder)
@@ -52,10 +52,11 @@ def check(folder: Path) -> int:
 def _sound(checkpoint: QuantizedCheckpoint, name: str) -> bool:
     """Say whether a layer decodes to finite numbers, without decoding it: codes and their largest product are."""
     layer = checkpoint.restore(name)
-    scales = [layer.weight.scale, *([layer.input_scale] if layer.input_scale is not None else [])]
-    positive = all(_finite(scale) and bool((scale.float() > 0).all()) for scale in scales)
-    bounded = positive and _finite(layer.weight.scale.float().amax() * LARGEST_CODE)
-    return bounded and _finite(layer.weight.codes)
+    scale, static = layer.weight.scale.float(), layer.input_scale
+    signed = layer.weight.quant.format.kind == "int" and layer.weight.quant.symmetric
+    sound = _finite(scale) and bool(((scale != 0) if signed else (scale > 0)).all())
+    sound = sound and (static is None or (_finite(static) and bool((static.float() > 0).all())))
+    return sound and _finite(scale.abs().amax() * LARGEST_CODE) and _finite(layer.weight.codes)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -30,6 +30,7 @@ RECIPES = {
     "int4_rtn": ("int4_rtn", {}),
     "int4_rtn_asym": ("int4_rtn_asym", {}),
     "int4_gptq": ("int4_gptq", {"dataset__num_samples": 32, "dataset__max_seq_length": 256}),
+    "int4_best": ("int4_best", {"dataset__num_samples": 32, "dataset__max_seq_length": 256}),
     "gptq layout": ("int4_rtn", {"compression__quantization__format": "gptq"}),
     "awq layout": ("int4_rtn_asym", {"compression__quantization__format": "awq"}),
 }

@@ -262,15 +262,20 @@ def test_a_warning_survives_a_restart(texts, tmp_path, monkeypatch):
     ]
 
 
-def results_with(hessian_of, tiny_folder) -> list:
+def results_with(hessian_of, tiny_folder, method: GPTQ | None = None) -> list:
     """Process one block of a model, with Hessians of the test's own making."""
     source = open_model(tiny_folder)
     layers = select(source, PRESETS["int4"]).in_block(0)
     block = Block(source, 0, layers, groups_by_linear(source), CPU)
-    method = GPTQ({})
+    method = method or GPTQ({})
     for layer in layers:
         method._quantize_group(block, [layer], {head_of(block, layer): hessian_of(layer)}, {})
     return block.results
+
+
+def total_loss(method, hessian_of, tiny_folder) -> float:
+    """Return what all layers of that block lose of their outputs together."""
+    return sum(result.record.output_error for result in results_with(hessian_of, tiny_folder, method))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +307,56 @@ def test_more_damping_than_usual_is_said(tiny_folder):
         return hessian
 
     assert {result.record.note for result in results_with(hessian_of, tiny_folder)} == {DAMPED}
+
+
+STEPS = {  # what each option adds, and what it must then lose less than
+    "ranges": {"mse_range": True},
+    "signs": {"mse_range": True, "signed_scales": True},
+    "descent": {"mse_range": True, "signed_scales": True, "descent": 3},
+}
+
+
+def test_each_refinement_loses_less_of_the_outputs(tiny_folder):
+    def hessian_of(layer):
+        generator = torch.Generator().manual_seed(layer.shape[1])
+        mixing = torch.randn(layer.shape[1], layer.shape[1], generator=generator) / layer.shape[1] ** 0.5
+        hessian = Hessian(layer.shape[1])
+        hessian.update(torch.randn(4 * layer.shape[1], layer.shape[1], generator=generator) @ mixing)
+        return hessian
+
+    lost = [total_loss(GPTQ(options), hessian_of, tiny_folder) for options in ({}, *STEPS.values())]
+    assert lost == sorted(lost, reverse=True) and lost[-1] < 0.85 * lost[0]
+
+
+def test_signed_scales_are_negative_and_pass_the_check(tiny_folder, texts, tmp_path):
+    pipeline.run(gptq_job(tiny_folder, texts, "int4_best"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    scales = torch.cat([value.flatten() for name, value in tensors.items() if name.endswith("weight_scale")])
+    assert 0.2 < (scales < 0).float().mean() < 0.8
+    with torch.inference_mode():
+        assert load(tmp_path / "out")(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
+
+
+def test_options_that_exclude_each_other_are_refused():
+    for options in (
+        {"gptaq": True, "aim": 0.5},
+        {"gptaq": True, "descent": 1},
+        {"aim": 1, "true_sequential": True},
+    ):
+        with pytest.raises(ConfigError):
+            GPTQ(options)
+
+
+@pytest.mark.parametrize("words", ["true_sequential=true", "aim=0.5"])
+def test_what_the_samples_say_differs(words, tiny_folder, texts, tmp_path):
+    for name, extra in (("plain", ()), ("changed", (f"{QUANT}.quant_method.{words}",))):
+        pipeline.run(gptq_job(tiny_folder, texts, "int4_gptq", *extra), tmp_path / name)
+    plain, changed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "changed"))
+    differ = {name for name in plain if not torch.equal(plain[name], changed[name])}
+    first = "model.layers.0.self_attn.q_proj.weight_packed"
+    assert first not in differ  # it runs first: nothing was rounded before it, and nothing had drifted
+    assert any(".layers.0." in name for name in differ) == (words != "aim=0.5")
+    assert any(".layers.1." in name for name in differ)
 
 
 def test_clipped_ranges_lose_less_of_the_outputs():

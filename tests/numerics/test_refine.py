@@ -90,7 +90,11 @@ def test_scales_are_the_best_of_all_candidates(name, signed):
                     ranges.append((-top if high > -low else top) / -grid.low)
                 for wanted in ranges:
                     s = torch.tensor(wanted, dtype=torch.float64).bfloat16().double()
-                    z = 0.0 if quant.symmetric else (grid.low - low * share / s).round().clamp(grid.low, grid.high)
+                    z = (
+                        0.0
+                        if quant.symmetric
+                        else (grid.low - low * share / s).round().clamp(grid.low, grid.high)
+                    )
                     restored = ((values / s + z).round().clamp(grid.low, grid.high) - z) * s
                     candidates.append(((values - restored).square() * cost[part].double()).sum().item())
             s = scale[row, tile].double()

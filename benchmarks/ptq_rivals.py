@@ -51,6 +51,7 @@ GROUPS = (  # what is compared with one another runs together
         Entry(LC, "fp8_dynamic"),
         Entry(LC, "fp8_dynamic_model_free"),
         Entry(PUBLISHED, "fp8_dynamic"),
+        Entry(OURS, "fp8_dynamic_first"),
         Entry(OURS, "fp8_dynamic"),
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
+os.environ["ANGELSLIM_CACHE"] = ""  # nothing is remembered between tests
 
 from collections.abc import Callable
 from pathlib import Path

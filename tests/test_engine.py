@@ -129,3 +129,14 @@ def test_caller_mappings_are_not_changed(tiny_folder):
     before = json.dumps(recipe)
     compress(tiny_folder, recipe, **QUIET)
     assert json.dumps(recipe) == before
+
+
+def test_quant_analyse_leaves_an_analysis_beside_the_model(tiny_folder, tmp_path):
+    asked = {"compression__quantization__quant_analyse": True, "evaluation__enabled": False}
+    angelslim.compress(tiny_folder, "int4_rtn", out=tmp_path / "out", **asked)
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert len(found["layers"]) == 14 and found["original"]
+    assert "<svg" in (tmp_path / "out" / "analysis.html").read_text()
+    (tmp_path / "out" / "analysis.html").unlink()  # as if killed before the page was there
+    angelslim.compress(tiny_folder, "int4_rtn", out=tmp_path / "out", **asked)
+    assert (tmp_path / "out" / "analysis.html").exists()

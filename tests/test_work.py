@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import angelslim
 from angelslim import pipeline
@@ -86,6 +86,26 @@ def test_a_model_published_in_fp8_is_decoded_as_it_is_read(tmp_path):
     assert config["quantization_config"]["format"] == "pack-quantized"
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith("weight_scale_inv") for name in stored)
+
+
+def test_layers_published_in_the_wanted_numbers_keep_them(tmp_path):
+    """INT4 experts from an FP8 checkpoint: all other layers are copied bit for bit, not rounded twice."""
+    folder = saved("deepseek_v3", tmp_path / "model")
+    blocks = "compression.quantization.quant_method.block_size=[16,16]"
+    measure = "evaluation.enabled=false"
+    pipeline.run(job_for(folder, "fp8_block", blocks, measure), tmp_path / "fp8")
+    first = load_file(tmp_path / "fp8" / "model.safetensors")
+    for name in [name for name in first if name.endswith("weight_scale_inv")]:
+        first[name] = first[name] * 1.17  # as published: not what rounding would choose again
+    save_file(first, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    pipeline.run(job_for(tmp_path / "fp8", "fp8_block", blocks, measure), tmp_path / "again")
+    second = load_file(tmp_path / "again" / "model.safetensors")
+    scales = [name for name in first if name.endswith("weight_scale_inv")]
+    assert len(scales) > 12 and first.keys() == second.keys()
+    for name in scales:
+        codes = name.removesuffix("_scale_inv")
+        assert torch.equal(first[codes].view(torch.uint8), second[codes].view(torch.uint8))
+        assert torch.equal(first[name], second[name])
 
 
 def test_an_int4_folder_is_no_source(tmp_path):

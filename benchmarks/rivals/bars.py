@@ -34,6 +34,7 @@ SPEED = (
     ("best_w4", "autoround_w4", "llmcompressor", "call", 0.3),
     ("fp8_static", "fp8_static", None, "work", 1.0),
     ("fp8_dynamic", "fp8_dynamic", None, "process", 0.6),
+    ("fp8_dynamic_first", "fp8_dynamic", None, "process", 0.6),
 )
 FIGURES = {
     "call": (("call_seconds", "wall"), ("call_cpu_seconds", "CPU")),

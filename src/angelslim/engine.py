@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from . import pipeline
+from .base import parallel
 from .base.errors import ConfigError, UserError
 from .config.recipe import load as load_recipe
 from .job import Job, prepare
+from .models.checkpoint import write_atomically
 from .reopen import load
 from .report.record import RunRecord
 
@@ -69,7 +71,25 @@ def compress(
     call = ", ".join(
         [repr(str(model)[:80]), repr(str(recipe)), *(f"{k}={v!r}" for k, v in overrides.items())]
     )
-    return Result(folder, pipeline.run(job, folder, command=f"angelslim.compress({call})"))
+    return Result(folder, carry_out(job, folder, command=f"angelslim.compress({call})"))
+
+
+def carry_out(job: Job, out: Path, *, command: str = "", overwrite: bool = False) -> RunRecord:
+    """Run a job, and where its recipe says `quant_analyse`, look at every layer of the result afterwards.
+
+    The analysis is that of `angelslim analyze MODEL OUT`, in `out`: ``analysis.json``, ``.csv`` and ``.html``.
+    """
+    record = pipeline.run(job, out, command=command, overwrite=overwrite)
+    asked = any(each.quantization and each.quantization.quant_analyse for each in job.config.compression)
+    if asked and parallel.first() and not (out / "analysis.html").exists():
+        from .analyze import weights
+        from .analyze.files import analysis_files
+
+        plain = not getattr(job.source.checkpoint, "schemes", None)
+        found = weights.analyze(job.source.name, str(out)) if plain else weights.analyze(str(out))
+        for name, text in analysis_files(found).items():
+            write_atomically(out / name, text.encode())
+    return record
 
 
 def _as_folder(model: Any, tokenizer: Any) -> str | Path:
@@ -183,7 +203,7 @@ class Engine:
         if self._job is None:
             raise ConfigError("run comes after prepare_compressor.")
         folder = _temporary_folder() / "result"
-        self.result = Result(folder, pipeline.run(self._job, folder, command="angelslim.Engine"))
+        self.result = Result(folder, carry_out(self._job, folder, command="angelslim.Engine"))
         return self.result
 
     def save(self, save_path: str | Path | None = None, config: Any = None) -> Path:

@@ -34,7 +34,9 @@ from .numerics.scheme import Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 # Switches that choose layers and formats, not algorithms.
-READ_HERE = frozenset({"quant_vit", "quantize_embeddings", "save_name"})
+READ_HERE = frozenset(
+    {"quant_vit", "quantize_embeddings", "save_name", "quant_analyse", "share_gate_up_weight_scale_2"}
+)
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 

@@ -136,7 +136,7 @@ def test_sizes_that_no_network_can_have_are_refused(tmp_path, tiny_folder):
     folder = copy_model(tiny_folder, tmp_path / "model")
     edit_json(folder / "config.json", num_key_value_heads=0)
     with pytest.raises(ModelError, match=r"No Qwen3ForCausalLM can be built from config\.json"):
-        open_model(folder)
+        open_model(folder).check()
 
 
 def test_remote_code_is_not_run_unasked(tmp_path):

@@ -8,6 +8,15 @@ from pathlib import Path
 
 from ..base.errors import ResourceError, UserError
 from ..models.checkpoint import write_atomically
+from ..report.analysis import analysis_html
+from ..report.findings import Analysis
+
+ANALYSIS = tuple(f"analysis.{ending}" for ending in ("json", "csv", "html"))
+
+
+def analysis_files(found: Analysis) -> dict[str, str]:
+    """Return the three files of an analysis, the page last."""
+    return dict(zip(ANALYSIS, (found.to_json(), found.to_csv(), analysis_html(found)), strict=True))
 
 
 def check_target(out: Path, overwrite: bool, names: Collection[str]) -> None:

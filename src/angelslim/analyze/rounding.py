@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.ptq._shared import InputStatistics, round_weight
-from ..models.loading import Source, meta_model
+from ..models.loading import Source
 from ..models.select import Layer
 from ..numerics.observers import make_observer
 from ..numerics.quantize import fake_quantize
@@ -89,7 +89,7 @@ def precise(source: Source) -> Source:
     config = deepcopy(source.config)
     for part in {id(each): each for each in (config, config.get_text_config())}.values():
         part.dtype = torch.float32
-    return replace(source, config=config, model=meta_model(config))
+    return replace(source, config=config)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _finding(matrix: Matrix, place: tuple[int | None, str], record: LayerRecord 
         p9999=values.p9999,
         kurtosis=values.kurtosis,
         zeros=zero_share(restored),
-        scale=stored.weight.scale.float().max().item() if stored else None,
+        scale=stored.weight.scale.float().abs().max().item() if stored else None,
         input_scale=_input_scale(matrix),
         at_limit=at_limit(stored.weight) if stored else None,
         sqnr_db=record.sqnr_db if record else None,

@@ -72,15 +72,13 @@ def analyze(
     the same role, are flagged.
     """
     from ..analyze import files, weights
-    from ..report.analysis import analysis_html, analysis_table, verdict
+    from ..report.analysis import analysis_table, verdict
 
-    names = [f"analysis.{ending}" for ending in ("json", "csv", "html")]
     if out is not None:
-        files.check_target(out, overwrite, names)
+        files.check_target(out, overwrite, files.ANALYSIS)
     found = weights.analyze(first, second, scale_limit=scale_limit, spread=spread, histograms=histograms)
     if out is not None:
-        texts = (found.to_json(), found.to_csv(), analysis_html(found))
-        files.write_folder(out, dict(zip(names, texts, strict=True)), overwrite=overwrite)
+        files.write_folder(out, files.analysis_files(found), overwrite=overwrite)
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:

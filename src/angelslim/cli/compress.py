@@ -73,16 +73,20 @@ def run(
     killed continues where it stopped when the same command is given again.
     """
     with collector_paused():
-        from .. import pipeline
+        from .. import engine
         from ..report.summary import layers_table, results_table
 
         job = prepared_job(recipe, rest, seed)
     target = out or Path(job.config.global_.save_path) / f"{Path(job.source.name).name}-{job.name}"
-    record = pipeline.run(job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite)
+    record = engine.carry_out(
+        job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite
+    )
     console.out.print(results_table([record]))
     console.out.print(layers_table(record))
     console.out.print(f"Model:  {target}", soft_wrap=True)
     console.out.print(f"Report: {target / 'report.html'}", soft_wrap=True)
+    if (target / "analysis.html").exists():
+        console.out.print(f"Layers: {target / 'analysis.html'}", soft_wrap=True)
 
 
 def plan(

@@ -33,7 +33,14 @@ def refuses_cache(kv: Quant | None) -> str:
 def cache_arguments(kv: Quant) -> dict[str, Any]:
     """Return the fields of ``kv_cache_scheme``; engines insist on `symmetric` being there."""
     strategy = next(name for name, granularity in STRATEGIES.items() if granularity == kv.granularity)
-    return {"num_bits": 8, "type": "float", "strategy": strategy, "dynamic": False, "symmetric": True}
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "group_size": None,
+        "strategy": strategy,
+        "dynamic": False,
+    }
 
 
 def cache_quant(settings: Mapping[str, Any]) -> Quant | None:

@@ -8,6 +8,7 @@ decoded before it is asked for, one matrix at a time; an expert of a fused stack
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from ..base.errors import ModelError
 from ..models.checkpoint import Checkpoint, TensorInfo, read_tensor
 from ..models.loading import Source, load_config, open_with, resolve, torch_dtype
-from ..numerics.quantize import tile_of
-from ..numerics.scheme import Scheme
+from ..numerics.quantize import Quantized, tile_of
+from ..numerics.scheme import Quant, Scheme
 from .base import FORMATS, Exporter, Restored
 
 # Codes mean nothing without their scales: a tensor of these types that no layer claims is a layer in disguise.
@@ -114,6 +115,14 @@ class QuantizedCheckpoint(Checkpoint):
         if layer in self.parts and name != layer:
             return self.restore(layer, device).weight.dequantize().to(self.dtype)
         return super().read(name, device)
+
+    def published(self, name: str, quant: Quant, device: torch.device | str = "cpu") -> Quantized | None:
+        """Return a layer's own codes and scales where it is quantized as `quant` says."""
+        layer = name.removesuffix(".weight")
+        if layer not in self.parts or self.schemes[layer].weight != quant:
+            return None
+        weight = self.restore(layer, device).weight
+        return replace(weight, scale=weight.scale.float())
 
     def sources(self, name: str) -> list[TensorInfo]:
         """Return the stored parts of a layer, or the tensor itself."""

@@ -13,7 +13,7 @@ mxfp4-pack-quantized weight_packed U8, weight_scale U8 (exponents)              
 mxfp8-quantized      weight F8_E4M3, weight_scale U8 (exponents)                  MXFP8
 ==================== =========================================================== ===================
 
-The config is built and read through the library's own schema, so a field it does not know cannot be written.
+`_arguments` writes and reads the entries of its config.
 Per-tensor scales have shape ``[1]``, the others one element per tile. Layers may differ; each distinct scheme is a
 group with its own variant, and the file as a whole is then ``mixed-precision``.
 """
@@ -30,18 +30,8 @@ from torch import Tensor
 from ..numerics.packing import pack_fp4, pack_ints, unpack_fp4, unpack_ints
 from ..numerics.quantize import Quantized, tile_of
 from ..numerics.scales import e4m3_numbers, e8m0_bytes, from_e4m3, from_e8m0
-from ..numerics.scheme import (
-    FORMATS,
-    PER_CHANNEL,
-    PER_TENSOR,
-    PER_TOKEN,
-    Granularity,
-    Quant,
-    ScaleKind,
-    Scheme,
-    per_block,
-    per_group,
-)
+from ..numerics.scheme import PER_TENSOR, Quant, Scheme
+from ._arguments import arguments, quant_of
 from ._cache import cache_arguments, refuses_cache
 from .base import Restored
 
@@ -56,12 +46,6 @@ VARIANTS = {  # (number format, kind of scales) -> variant
     ("fp4_e2m1", "e4m3"): "nvfp4-pack-quantized",
     ("fp4_e2m1", "e8m0"): "mxfp4-pack-quantized",
     ("fp8_e4m3", "e8m0"): "mxfp8-quantized",
-}
-SCALE_TYPES = {  # where the config has to say it
-    "e8m0": torch.uint8,
-    "e4m3": torch.float8_e4m3fn,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
 }
 
 
@@ -148,42 +132,42 @@ class CompressedTensors:
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         """One group for each distinct scheme: the commonest targets every Linear, the others name their layers."""
-        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
-
         by_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             by_scheme.setdefault(scheme, []).append(name)
         groups = {}
         commonest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
         for index, (scheme, names) in enumerate(by_scheme.items()):
-            groups[f"group_{index}"] = QuantizationScheme(
-                targets=["Linear"] if scheme == commonest else _targets(names, [*schemes, *ignore]),
-                weights=_arguments(scheme.weight),
-                input_activations=_arguments(scheme.input) if scheme.input else None,
-                format=variant(scheme),
-            )
+            groups[f"group_{index}"] = {
+                "targets": ["Linear"] if scheme == commonest else _targets(names, [*schemes, *ignore]),
+                "weights": arguments(scheme.weight),
+                "input_activations": arguments(scheme.input),
+                "output_activations": None,
+                "format": variant(scheme),
+            }
         variants = {variant(scheme) for scheme in by_scheme}
-        config = QuantizationConfig(
-            config_groups=groups,
-            format=variants.pop() if len(variants) == 1 else "mixed-precision",
-            quantization_status=QuantizationStatus.COMPRESSED,
-            ignore=list(ignore),
-            kv_cache_scheme=cache_arguments(kv) if (kv := _cache(schemes)) is not None else None,
-        )
-        written: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
-        return written
+        kv = next((scheme.kv for scheme in schemes.values() if scheme.kv is not None), None)
+        return {
+            "config_groups": groups,
+            "quant_method": self.method,
+            "kv_cache_scheme": None if kv is None else cache_arguments(kv),
+            "format": variants.pop() if len(variants) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "ignore": list(ignore),
+        }
 
     def schemes(self, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Scheme]:
-        """Read the groups through the library's schema; a group that names a layer outranks one for Linear."""
-        from compressed_tensors.quantization import QuantizationConfig
-        from compressed_tensors.utils.match import match_name
-
-        groups = QuantizationConfig.model_validate(dict(config)).config_groups.values()
-        read = [(group.targets, _scheme(group)) for group in groups]
+        """Read the groups; one that names a layer outranks one for Linear."""
+        read: list[tuple[Sequence[str], Scheme]] = []
+        for group in _groups(config):
+            weight = quant_of(group["weights"])
+            assert weight is not None
+            read.append((group["targets"], Scheme(weight, quant_of(group.get("input_activations")))))
         general = next((scheme for targets, scheme in read if "Linear" in targets), read[0][1])
         return {
             name: next(
-                (scheme for targets, scheme in read if any(match_name(name, target) for target in targets)),
+                (scheme for targets, scheme in read if any(_matches(name, target) for target in targets)),
                 general,
             )
             for name in names
@@ -266,61 +250,20 @@ def _numbered(name: str) -> str:
     return r"(.*\.)?" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in kept)
 
 
-def _arguments(quant: Quant) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the groups of a config; those that name a preset are spelled out by the library."""
+    groups = list(dict(config["config_groups"]).values())
+    if all(isinstance(group, Mapping) and group.get("weights") for group in groups):
+        return groups
+    from compressed_tensors.quantization import QuantizationConfig
 
-    granularity = quant.granularity
-    details: dict[str, Any] = {"strategy": granularity.kind}
-    dynamic: bool | str = quant.dynamic
-    if quant.scale in SCALE_TYPES:
-        details["scale_dtype"] = SCALE_TYPES[quant.scale]
-    if quant.scale == "e4m3":
-        details["strategy"] = "tensor_group"
-        dynamic = "local" if quant.dynamic else False
-    if granularity.kind == "group":
-        details["group_size"] = granularity.columns
-    elif granularity.kind == "block":
-        details["block_structure"] = [granularity.rows, granularity.columns]
-    return QuantizationArgs(
-        num_bits=quant.format.bits,
-        type=quant.format.kind,
-        symmetric=quant.symmetric,
-        dynamic=dynamic,
-        **details,
+    return list(
+        QuantizationConfig.model_validate(dict(config)).model_dump(mode="json")["config_groups"].values()
     )
 
 
-def _cache(schemes: Mapping[str, Scheme]) -> Quant | None:
-    return next((scheme.kv for scheme in schemes.values() if scheme.kv is not None), None)
-
-
-def _scheme(group: Any) -> Scheme:
-    given = group.input_activations
-    weight, inputs = _quant(group.weights), _quant(given) if given else None
-    return Scheme(weight, inputs)
-
-
-def _quant(arguments: Any) -> Quant:
-    kind = str(getattr(arguments.type, "value", arguments.type))
-    name = (
-        {8: "fp8_e4m3", 4: "fp4_e2m1"}[arguments.num_bits] if kind == "float" else f"int{arguments.num_bits}"
-    )
-    granularity: dict[str, Granularity] = {"tensor": PER_TENSOR, "channel": PER_CHANNEL, "token": PER_TOKEN}
-    strategy = str(getattr(arguments.strategy, "value", arguments.strategy))
-    if strategy in ("group", "tensor_group"):
-        chosen = per_group(arguments.group_size)
-    elif strategy == "block":
-        chosen = per_block(*arguments.block_structure)
-    else:
-        chosen = granularity[strategy]
-    scale: ScaleKind = "free"
-    if strategy == "tensor_group":
-        scale = "e4m3"
-    elif strategy == "group" and (name == "fp4_e2m1" or arguments.scale_dtype == torch.uint8):
-        scale = "e8m0"
-    elif arguments.scale_dtype in (torch.float16, torch.bfloat16):
-        scale = "float16" if arguments.scale_dtype == torch.float16 else "bfloat16"
-    return Quant(FORMATS[name], chosen, bool(arguments.symmetric), bool(arguments.dynamic), scale)
+def _matches(name: str, target: str) -> bool:
+    return re.match(target[3:], name) is not None if target.startswith("re:") else target == name
 
 
 FORMAT = CompressedTensors()

@@ -113,6 +113,15 @@ class Block:
             )
         return weight
 
+    def published(self, layer: Layer) -> Quantized | None:
+        """Return a layer's own codes where the model was published in the very numbers that are asked for.
+
+        None where it was not, and where the weight was changed since.
+        """
+        if self.changed:
+            return None
+        return self.source.checkpoint.published(layer.tensor, layer.scheme.weight, self.device)
+
     def parameter(self, path: str) -> Tensor:
         """Return a parameter or buffer of the resident block by its full path, as it is now."""
         module, _, leaf = path.rpartition(".")

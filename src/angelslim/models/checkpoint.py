@@ -30,6 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import ModelError
+from ..numerics.quantize import Quantized
+from ..numerics.scheme import Quant
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -143,6 +145,10 @@ class Checkpoint:
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one whole tensor into new memory."""
         return self.fetch(self.tensors[name]).to(device)
+
+    def published(self, name: str, quant: Quant, device: torch.device | str = "cpu") -> Quantized | None:
+        """Return a tensor as it is stored where that is quantized just so; a plain checkpoint has none."""
+        return None
 
     def sources(self, name: str) -> list[TensorInfo]:
         """Return the stored tensors that `read` needs for a name."""

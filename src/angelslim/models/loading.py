@@ -20,34 +20,51 @@ from torch import Tensor, nn
 from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
+from .outline import Outline, Target, file_of, remember, remembered
 from .structure import PROBE, Structure, discover, find_blocks, register_probe
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a checkpoint tensor goes: a parameter, directly or through a conversion rule's `pattern`."""
-
-    parameter: str
-    pattern: str | None = None
 
 
 @dataclass
 class Source:
-    """An opened model: nothing is in memory until a module is materialised."""
+    """An opened model: nothing is in memory until a module is materialised.
+
+    The network is built when it is first asked for. What an earlier run found out about it (`outline`) may make that
+    unnecessary.
+    """
 
     name: str  # as the user named it
     folder: Path
     config: Any
     checkpoint: Checkpoint
-    model: Any  # transformers model, parameters on the meta device
-    targets: dict[str, Target] = field(default_factory=dict)  # checkpoint tensor -> parameter
-    rules: dict[str, Any] = field(default_factory=dict)  # conversion pattern -> transformers rule
     edits: dict[str, Any] = field(default_factory=dict)  # what a rewrite changed in config.json
+    outline: Outline | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model, parameters on the meta device."""
+        return meta_model(self.config)
 
     @cached_property
     def structure(self) -> Structure:
         """The model's blocks, groups, experts and towers."""
-        return discover(probe_model(self.config))
+        return self.outline.structure if self.outline else discover(probe_model(self.config))
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        """Checkpoint tensor -> the parameter that it feeds, in the checkpoint's order."""
+        if self.outline is None:
+            return self._mapping[0]
+        known = self.outline.targets
+        return {tensor: known[tensor] for tensor in self.checkpoint.tensors if tensor in known}
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """Conversion pattern -> transformers' rule."""
+        return self._mapping[1]
+
+    @cached_property
+    def _mapping(self) -> tuple[dict[str, Target], dict[str, Any]]:
+        return map_tensors(self.model, self.checkpoint)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +82,14 @@ class Source:
         return feeds
 
     def check(self) -> None:
-        """Refuse a checkpoint that does not fit config.json: other shapes, or blocks without weights."""
+        """Refuse a checkpoint that does not fit config.json: other shapes, or blocks without weights.
+
+        One that passed is remembered.
+        """
+        file = file_of(self.config, self.checkpoint)
+        self.outline = self.outline or remembered(file)
+        if self.outline is not None:
+            return
         for tensor, target in self.targets.items():
             if target.pattern is None:
                 self._check_shape(target.parameter, self.checkpoint.tensors[tensor].shape)
@@ -73,6 +97,7 @@ class Source:
             for name, _ in self.model.get_submodule(block).named_parameters(prefix=block):
                 if name not in self.tensors_of and self._tied(name) == name:
                     raise self._absent(name)
+        remember(file, Outline(self.structure, self.targets))
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         path, _, leaf = name.rpartition(".")
@@ -291,26 +316,25 @@ def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Sou
 
 def open_with(name: str, folder: Path, config: Any, checkpoint: Checkpoint) -> Source:
     """Open a model from a configuration and a checkpoint that is already open."""
-    source = Source(name, folder, config, checkpoint, meta_model(config))
-    _map_tensors(source)
-    return source
+    return Source(name, folder, config, checkpoint)
 
 
-def _map_tensors(source: Source) -> None:
+def map_tensors(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Target], dict[str, Any]]:
+    """Return each checkpoint tensor's parameter, and transformers' conversion rules by pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    model = source.model
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    source.rules = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    targets: dict[str, Target] = {}
     parameters = model.state_dict()
-    for tensor in source.checkpoint.tensors:
+    for tensor in checkpoint.tensors:
         renamed, pattern = rename_source_key(
             tensor, renamings, converters, model.base_model_prefix, parameters
         )
         if renamed not in parameters and tensor in parameters:
             renamed, pattern = tensor, None
         if renamed in parameters:
-            source.targets[tensor] = Target(renamed, pattern)
+            targets[tensor] = Target(renamed, pattern)
+    return targets, {pattern: rule for rule in converters for pattern in rule.source_patterns}

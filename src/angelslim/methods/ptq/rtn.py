@@ -10,6 +10,8 @@ needs the second moments of each input, so calibration data, and takes as long a
 Engines fuse q, k, v and gate, up into one matrix with one per-tensor scale, and would round a second time if
 the members' scales differed. So linears that share an input share their per-tensor weight scale and their
 input scale here.
+
+A layer that was published in the very numbers that are asked for, such as DeepSeek's FP8 tiles, keeps its codes.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ class RoundToNearest:
         statistics = ranges.get(head)
         for layer in members:
             weight = block.weight(layer)
-            quantized = round_weight(weight, layer.scheme.weight, shared, squares)
+            own = None if shared or squares is not None else block.published(layer)
+            quantized = own or round_weight(weight, layer.scheme.weight, shared, squares)
             error = None if squares is None else output_error(weight, quantized, squares)
             if statistics is None or layer.scheme.input is None or not layer.scheme.input.calibrated:
                 block.emit(layer, weight, quantized, output_error=error)

@@ -62,7 +62,9 @@ def signs34(tiles: Tensor) -> tuple[Tensor, Tensor]:
     fours = magnitudes.view(*magnitudes.shape[:-1], -1, FOUR)
     zero = zero_lanes(fours)
     scale = fours.masked_fill_(zero, 0.0).sum((-2, -1)) / (KEPT * tiles.shape[-1])
-    codes = torch.where(tiles < 0, -1.0, 1.0).to(tiles.dtype)
+    codes = (
+        (tiles < 0).to(tiles.dtype).mul_(-2).add_(1)
+    )  # torch.where takes four times as long on a processor
     return codes.masked_fill_(zero.view(tiles.shape), 0.0), scale[..., None]
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from angelslim.base.errors import DataError
+from angelslim.data import builtin
 from angelslim.data.packing import Rows, Stream, conversation, encode, pack, read_stream
+from angelslim.models.builtin import builtin_model
 from tiny import TEMPLATE, byte_tokenizer
 
 OPENED = TEMPLATE + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -66,6 +69,20 @@ def test_thoughts_that_the_template_forgets_have_no_label() -> None:
     chat = [{**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else m
             for m in CHAT]  # fmt: skip
     assert learnt_text(tokenizer(FORGETS), chat) == ["yes<|im_end|>", "hm\n</think>\n\nno<|im_end|>"]
+
+
+@pytest.mark.parametrize("task", ["addition", "recall"])
+def test_thinking_and_direct_replies_of_the_builtin_model(task: str) -> None:
+    made = AutoTokenizer.from_pretrained(builtin_model("tiny-lm"))
+    for example in builtin.examples(task, "calibration", 20, thinking=True):
+        turn = [*example.messages, {"role": "assistant", "content": example.completion}]
+        reply = example.completion.rpartition("</think>\n\n")[2]
+        assert example.completion.startswith("<think>\n") and reply
+        assert learnt_text(made, turn * 2) == [f"{reply}<|im_end|>", f"{example.completion}<|im_end|>"]
+    for example in builtin.examples(task, "calibration", 20, thinking=False):
+        turn = [*example.messages, {"role": "assistant", "content": example.completion}]
+        reply = example.completion.rpartition("</think>\n\n")[2]
+        assert learnt_text(made, turn * 2) == [f"{reply}<|im_end|>"] * 2
 
 
 def test_plain_conversations_end_with_a_learnt_end() -> None:

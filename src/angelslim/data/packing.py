@@ -7,7 +7,8 @@ Of a conversation only the assistant's words have labels, each turn's end includ
 A chat template that marks these words itself (``{% generation %}``) is asked. For any other template a turn begins
 where the conversation up to it, with the assistant's turn opened, stops agreeing with the whole text, and ends
 with the special token after the turn's last words. That also holds for templates that leave out earlier thoughts: what is
-not in the text has no label either.
+not in the text has no label either. Nor has an empty thought: a template writes it where thinking is switched off or an
+earlier thought was dropped, and a model that learnt it would stop thinking by itself.
 
 `Rows` gives batch number `index` as a pure function of the seed: every pass over the data is another permutation of
 its rows. That is what the training loop needs to continue after a kill without an iterator's state.
@@ -37,6 +38,7 @@ from .records import Record
 IGNORED = -100
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 _THOUGHT_END = "</think>"
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 Encoded = tuple[list[int], list[bool]]  # token ids; whether each has a label
 
@@ -87,16 +89,30 @@ def _spans(tokenizer: Any, messages: Messages, text: str) -> list[tuple[int, int
             continue
         opened = render(tokenizer, messages[:number], generate=True) if number else ""
         start = max(_agreement(opened, text), done)
-        words = message["content"].rpartition(_THOUGHT_END)[2].strip()
-        place = text.find(words, start)
-        if place < 0:
+        done = _end(text, start, done, message["content"].strip())
+        if done < 0:
             raise DataError(
-                f"The chat template changes the assistant's words, turn {number}: {words[:40]!r} is not in its text.",
+                f"The chat template changes the assistant's words of turn {number}: "
+                f"{message['content'][:40]!r} is not in its text.",
                 fix="Mark the assistant's words with {% generation %} in the chat template.",
             )
-        done = place + len(words)
-        found.append((start, done))
+        thought = _NO_THOUGHT.match(text, start)
+        found.append((thought.end() if thought else start, done))
     return found
+
+
+def _end(text: str, start: int, least: int, words: str) -> int:
+    """Where a turn's words end that begin at `start`, -1 if they are not there; `least` is where the last turn ended.
+
+    With their thoughts they begin at `start`, or before it when the opened turn holds a first piece of them. Without,
+    what the template put in place of the thoughts comes first.
+    """
+    whole = text.find(words, max(least, start - len(words) + 1))
+    if 0 <= whole <= start:
+        return whole + len(words)
+    rest = words.rpartition(_THOUGHT_END)[2].strip()
+    place = text.find(rest, start)
+    return place + len(rest) if place >= 0 else -1
 
 
 def _agreement(one: str, other: str) -> int:

@@ -34,6 +34,7 @@ LAYERS = {
     "report": 5,
     "job": 5,
     "train": 5,
+    "teacher": 5,
     "serve": 5,
     "reopen": 5,
     "plan": 6,

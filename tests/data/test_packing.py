@@ -140,6 +140,13 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone() -> None:
     assert not torch.equal(Rows(numbers(), 3, 8, seed=2)(2)["input_ids"], later[1])
 
 
+def test_the_fingerprint_knows_all_that_decides_the_batches() -> None:
+    rows = Rows(numbers(), 3, 8, seed=1)
+    others = [Rows(numbers(), 3, 8, seed=2), Rows(numbers(), 3, 8, 1, 0.5), Rows(numbers(98), 3, 8, seed=1)]
+    assert Rows(numbers(), 3, 8, seed=1).fingerprint == rows.fingerprint
+    assert rows.fingerprint not in {other.fingerprint for other in others}
+
+
 def test_smaller_shares_are_parts_of_larger_ones() -> None:
     def read(share: float) -> set[int]:
         rows = Rows(numbers(800), 1, 8, seed=5, share=share)

@@ -13,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from angelslim.base.errors import ConfigError
 from angelslim.numerics import distillation
-from angelslim.numerics.distillation import KINDS, Distillation, TopLogits, distillation_loss, hidden_loss
+from angelslim.numerics.distillation import (
+    KINDS,
+    Distillation,
+    TopLogits,
+    distillation_loss,
+    hidden_loss,
+    top_logits,
+)
 
 BATCH, POSITIONS, WORDS = 2, 7, 23
 TAUGHT = [kind for kind in KINDS if kind != "lm"]
@@ -189,6 +196,18 @@ def test_the_words_left_out_count_as_one_class(kind: Any) -> None:
                 count += 1
     assert found == pytest.approx(total / count, rel=1e-5)
     assert found < distillation_loss(student, labels, teacher, Distillation(kind))["loss"].item()
+
+
+@pytest.mark.parametrize("k", [1, 6, WORDS])
+def test_cutting_the_logits(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
+    _, teacher, labels = example()
+    found, expected = top_logits(teacher, labels, k), stored(teacher, labels, k)
+    assert torch.equal(found.indices, expected.indices.long())
+    for name in ("values", "peak", "tail"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
+    counted = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    assert torch.allclose(found.gold[:, :-1][counted], expected.gold[:, :-1][counted], atol=1e-5)
 
 
 def test_stored_words_are_enough_for_top_k() -> None:

@@ -18,6 +18,7 @@ Tokens are kept as int32 and labels as one byte a token: 5 bytes a token in memo
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -204,6 +205,14 @@ class Rows:
     def tokens(self) -> int:
         """How many tokens one pass over the data trains on or reads."""
         return self.count * self.length
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the batches."""
+        digest = hashlib.sha256(f"{self.rows} {self.length} {self.seed} {self.share}".encode())
+        for part in (self.stream.tokens, self.stream.learnt):
+            digest.update(part.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def __call__(self, index: int) -> dict[str, Tensor]:
         """Return batch number `index`."""

@@ -93,6 +93,26 @@ class Distillation:
             )
 
 
+def top_logits(logits: Tensor, labels: Tensor, k: int) -> TopLogits:
+    """Cut a teacher's logits ``[batch, positions, vocabulary]`` to the k largest of each position, in float32.
+
+    `labels` ``[batch, positions]`` are those that the student will learn, not shifted.
+    """
+    width = logits.shape[-1]
+    flat, goals = logits.reshape(-1, width), shift(labels).reshape(-1).clamp(min=0)
+    step = max(CHUNK.get(logits.device.type, CHUNK["cpu"]) // width, 1)
+    pieces: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(flat), step):
+        rows = flat[start : start + step].float()
+        values, indices = rows.topk(k, -1)
+        peak = values[:, 0]
+        gold = rows.gather(-1, goals[start : start + step, None])[:, 0] - rows.logsumexp(-1)
+        tail = rows.scatter(-1, indices, -torch.inf).logsumexp(-1) - peak
+        pieces.append((indices, values - peak[:, None], peak, tail, gold))
+    joined = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return TopLogits(*(part.reshape(*labels.shape, *part.shape[1:]) for part in joined))
+
+
 def shift(labels: Tensor) -> Tensor:
     """Move labels ``[batch, positions]`` to the position that predicts them; the last one predicts nothing."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -105,7 +125,7 @@ def distillation_loss(
     how: Distillation | None = None,
     vocabulary: int | None = None,
 ) -> dict[str, Tensor]:
-    """Return ``loss`` (differentiable), and ``ce`` and ``kd``, its unweighted parts, for the record.
+    """Return ``loss`` (differentiable), and of its parts ``ce`` and ``kd`` those that have a weight, without it.
 
     `student` and `teacher` hold logits ``[batch, positions, vocabulary]`` of any float dtype, `labels`
     ``[batch, positions]`` token ids, not shifted. The widths may differ where models pad one vocabulary differently:
@@ -126,7 +146,11 @@ def distillation_loss(
 
     with torch.autocast(student.device.type, enabled=False):
         loss, parts = _by_chunks(student.reshape(-1, width), goals != IGNORED, of_rows, how)
-    return {"loss": loss, "ce": parts[0], **({} if teacher is None else {"kd": parts[1]})}
+    computed = {"ce": teacher is None or how.lm_weight, "kd": teacher is not None and how.kd_weight}
+    return {
+        "loss": loss,
+        **{name: part for name, part in zip(computed, parts, strict=True) if computed[name]},
+    }
 
 
 def _rows(teacher: Tensor | TopLogits | None, rows: slice, width: int) -> Tensor | TopLogits | None:

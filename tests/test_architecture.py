@@ -16,7 +16,7 @@ import pytest
 from angelslim.config.recipe import load, recipes
 from angelslim.config.upstream import METHODS, stages
 from angelslim.export.base import FORMATS
-from angelslim.methods.base import PTQ
+from angelslim.methods.base import PTQ, QAT
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "angelslim"
@@ -34,6 +34,7 @@ LAYERS = {
     "report": 5,
     "job": 5,
     "train": 5,
+    "teacher": 5,
     "serve": 5,
     "reopen": 5,
     "plan": 6,
@@ -136,7 +137,7 @@ def test_the_import_reader_sees_every_spelling() -> None:
     assert found == {"models.walk", "base.errors", "job", "models.loading", "numerics.scheme"}
 
 
-@pytest.mark.parametrize("folder", ["methods.ptq"])
+@pytest.mark.parametrize("folder", ["methods.ptq", "methods.qat"])
 def test_methods_never_import_each_other(folder: str) -> None:
     inside = {name for name in MODULES if name.startswith(f"{folder}.") and not name.endswith("__init__")}
     entries = {name for name in inside if not name.rpartition(".")[2].startswith("_")}
@@ -254,9 +255,10 @@ def test_recipes_load_and_are_documented() -> None:
         assert f"`{name}`" in text, f"the recipe {name} is in no page of docs/"
 
 
-@pytest.mark.parametrize("kind", ["method", "format"])
+@pytest.mark.parametrize("kind", ["method", "quantizer", "format"])
 def test_entries_have_page_and_test(kind: str) -> None:
-    registry, folder = {"method": (PTQ, "methods"), "format": (FORMATS, "export")}[kind]
+    kinds = {"method": (PTQ, "methods"), "quantizer": (QAT, "methods"), "format": (FORMATS, "export")}
+    registry, folder = kinds[kind]
     text, tests = documentation(), {path.stem for path in (ROOT / "tests" / folder).rglob("test_*.py")}
     for name in registry:
         assert f"`{name}`" in text, f"the {kind} {name} is in no page of docs/"

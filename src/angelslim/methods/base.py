@@ -7,7 +7,8 @@
 
 A module in ``methods/ptq/`` or ``methods/transform/`` defines ``METHOD``, a class with the `Blockwise` protocol; its
 file name is the name that recipes use. A module in ``methods/rewrite/`` defines ``METHOD`` with the `Rewrite`
-protocol: it changes the whole checkpoint while it is read, without data.
+protocol: it changes the whole checkpoint while it is read, without data. A module in ``methods/qat/`` defines
+``QUANTIZER``, a class made from options: what a layer's weight is rounded to while it is trained.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..models.loading import Source
 from ..models.select import Layer
 from ..models.structure import Group
 from ..numerics.scheme import Scheme
+from .qat._quantizer import Quantizer
 
 
 class Blockwise(Protocol):
@@ -70,3 +72,4 @@ class Rewrite(Protocol):
 PTQ: Registry[type[Blockwise]] = Registry("method", "angelslim.methods.ptq", "METHOD")
 TRANSFORMS: Registry[type[Blockwise]] = Registry("transform", "angelslim.methods.transform", "METHOD")
 REWRITES: Registry[type[Rewrite]] = Registry("rewrite", "angelslim.methods.rewrite", "METHOD")
+QAT: Registry[type[Quantizer]] = Registry("quantizer", "angelslim.methods.qat", "QUANTIZER")

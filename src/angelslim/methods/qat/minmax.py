@@ -1,0 +1,69 @@
+"""Min-max grids, as LLM-QAT (arXiv 2305.17888) trains with: the largest weight of a row decides the step.
+
+``scale = max|w| / Q`` with Q = 1 for ternary weights and ``2^(b-1) - 1`` for b bits, codes from -Q to Q, and the gradient
+straight through. Nothing is clipped. With few levels the largest weight leaves all others at zero; this is the baseline
+for which the other quantizers were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...numerics.lowbit.record import LowBit
+from ...numerics.lowbit.ternary import minmax
+from ...numerics.lowbit.tiles import by_row, kept
+from ._fixed import TernaryByRule
+from ._options import width
+from ._quantizer import COMMON, product_type
+from ._straight import straight_through
+
+WIDTHS = ("ternary", 3, 4, 5, 6, 7, 8)  # two symmetric bits are ternary
+
+
+class MinMax(TernaryByRule):
+    """Options: `bits` (ternary, 3 to 8), and those of every quantizer."""
+
+    reads = COMMON | {"bits"}
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        bits = width(options, "ternary", WIDTHS)
+        self.bits = bits if isinstance(bits, int) else 2
+        self.top = 2 ** (self.bits - 1) - 1
+
+    def rule(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Half the largest magnitude, and the largest magnitude."""
+        return minmax(tiles)
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return ``scale * code``."""
+        if self.bits == 2:
+            return super().quantized(weight)
+        with torch.no_grad():
+            codes, scale = self._codes(weight)
+            values = codes.mul_(scale).to(product_type(weight)).view(weight.shape)
+        return straight_through(weight, values)
+
+    def merged(self, weight: Tensor) -> LowBit:
+        """Return codes and scales."""
+        if self.bits == 2:
+            return super().merged(weight)
+        with torch.no_grad():
+            codes, scale = self._codes(weight)
+            rows = by_row(scale, weight.shape[0])
+            return LowBit(
+                codes.to(torch.int8).view(weight.shape), rows, "int", self.group(weight), bits=self.bits
+            )
+
+    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        tiles = self.tiles(weight)
+        scale = kept(tiles.abs().amax(-1, keepdim=True) / self.top, self.scale_type)
+        safe = torch.where(scale > 0, scale, 1.0)
+        return (tiles / safe).round_().clamp_(-self.top, self.top), scale
+
+
+QUANTIZER = MinMax

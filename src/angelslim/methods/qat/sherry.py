@@ -1,0 +1,94 @@
+"""Sherry (arXiv 2601.07892): 3:4 sparse ternary weights in 1.25 bits, trained with a fading full-precision addition.
+
+Of four neighbouring inputs the weight with the smallest magnitude becomes zero and the others their signs, times the
+mean magnitude of the kept weights of a group (`numerics.lowbit.sparse34`). The gradient goes straight through to all four.
+
+Arenas, its aid of training, adds the full-precision weight: ``y = x Q(W)^T + e x W^T`` with e falling to 0. That is one
+product with ``Q(W) + e W``. dL/dW becomes ``(1 + e) x^T g``; what matters is dL/dx, which ``Q(W)`` alone keeps within
+few directions. e rises over the first `warmup` share of the optimizer steps to `max_eps` and falls as `anneal` says;
+the report says no more than that it reaches zero, the shapes and the 10 percent are those of the published code.
+
+e acts in training mode only, so that evaluations see the model that will be exported, and it has no part in what is
+merged: a run that stops early still yields weights that can be encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...numerics.lowbit.record import LowBit
+from ...numerics.lowbit.sparse34 import require_fours, signs34
+from ...numerics.lowbit.tiles import by_row, kept
+from ...numerics.scheme import per_group
+from ._anneal import KINDS, strength
+from ._options import choice, number
+from ._quantizer import COMMON, Quantizer, product_type
+from ._straight import straight_through
+
+
+class Residual(torch.autograd.Function):
+    """``values + e * weight`` forward, ``(1 + e) g`` backward."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum in `dtype`; e is a tensor ``[]``."""
+        ctx.save_for_backward(share)
+        ctx.dtype = weight.dtype
+        return torch.addcmul(values, weight, share).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """Hand the gradient of both terms to the weight."""
+        (share,) = ctx.saved_tensors
+        return grads[0].to(ctx.dtype) * (1 + share).to(ctx.dtype), None, None, None
+
+
+class Sherry(Quantizer):
+    """Options: `anneal` (cosine, linear, exponential, none), `warmup` (0.1), `max_eps` (1); groups of 128."""
+
+    reads = COMMON | {"anneal", "warmup", "max_eps"}
+    share: Tensor
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options, per_group(128))
+        self.anneal = choice(options, "anneal", "cosine", KINDS)
+        self.warmup = number(options, "warmup", 0.1, 0.0, 1.0)
+        self.peak = number(options, "max_eps", 1.0, 0.0, 10.0)
+        # A buffer: a number would make a compiled model compile again at each step.
+        self.register_buffer("share", torch.zeros(()))
+
+    def start(self, weight: Tensor) -> None:
+        """Refuse what does not come in fours."""
+        require_fours(weight.shape[1])
+        super().start(weight)
+        require_fours(self.group(weight))
+
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return ``scale * t``, and e times the weight more while training."""
+        dtype = product_type(weight)
+        with torch.no_grad():
+            codes, scale = signs34(self.tiles(weight))
+            values = codes.mul_(kept(scale, self.scale_type)).view(weight.shape)
+        if not self.training or self.anneal == "none":
+            return straight_through(weight, values.to(dtype))
+        return cast(Tensor, Residual.apply(weight, values, self.share, dtype))  # type: ignore[no-untyped-call]
+
+    def merged(self, weight: Tensor) -> LowBit:
+        """Return codes and scales; exactly one of four neighbours is zero."""
+        with torch.no_grad():
+            codes, scale = signs34(self.tiles(weight))
+            codes = codes.to(torch.int8).view(weight.shape)
+            return LowBit(
+                codes, by_row(kept(scale, self.scale_type), len(codes)), "ternary", self.group(weight)
+            )
+
+    def progress(self, step: int, steps: int) -> None:
+        """Set e."""
+        self.share.fill_(strength(step, steps, self.anneal, self.warmup, self.peak))
+
+
+QUANTIZER = Sherry

@@ -1,0 +1,36 @@
+"""Absmean against Python's own floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from angelslim.methods.qat.base import master_weight, merge
+from angelslim.numerics.lowbit.reference import threshold_tile
+
+from .helpers import EXACT, OUT, inputs, linear, quantized
+
+
+def test_one_scale_serves_the_tensor_as_in_the_paper():
+    layer = quantized("absmean", EXACT)
+    flat = linear().weight.flatten().tolist()
+    scale, codes = threshold_tile("absmean", flat)
+    assert layer.weight.flatten().tolist() == pytest.approx([scale * code for code in codes], rel=1e-5)
+    record = merge(layer)[""]
+    assert record.scale.shape == (OUT, 1) and record.scale.unique().numel() == 1
+
+
+def test_the_gradient_goes_straight_through_for_every_weight():
+    layer, x = quantized("absmean", {"group_size": 16}), inputs()
+    grad = torch.randn(len(x), OUT, generator=torch.Generator().manual_seed(2))
+    layer(x).backward(grad)
+    assert torch.allclose(master_weight(layer).grad, grad.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_without_a_bias_are_tequila_without_lambda():
+    own = quantized("absmean", {"group_size": 16})
+    other = quantized("tequila", {"group_size": 16, "lambda": 0})
+    assert torch.equal(own(inputs()), other(inputs()))
+    for layer in (own, other):
+        layer(inputs()).square().sum().backward()
+    assert torch.equal(master_weight(own).grad, master_weight(other).grad)

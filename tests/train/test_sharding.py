@@ -1,0 +1,128 @@
+"""Two processes train as one: with whole models (DDP) and with spread ones (FSDP2), over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from angelslim.base.errors import ConfigError
+from angelslim.train import CHECKPOINT, TrainSettings, train, whole_weights
+from angelslim.train.sharding import shard
+from tiny import qwen3
+
+STEPS, KINDS = 5, ("ddp", "fsdp", "fsdp_resumed", "fsdp_then_ddp")
+
+
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+def batch_at(index: int) -> torch.Tensor:
+    return torch.randint(272, (2, 12), generator=torch.Generator().manual_seed(index))
+
+
+def breaks(index: int) -> torch.Tensor:
+    if index >= 12:  # in step 3, the first after the checkpoint
+        raise InterruptedError
+    return batch_at(index)
+
+
+def go(
+    folder: Path, accumulation: int, fsdp: bool = False, recompute: bool = False, cut: bool = False
+) -> Any:
+    """Train; return losses, norms and the whole weights."""
+    settings = TrainSettings(
+        STEPS, lr=1e-3, weight_decay=0.1, accumulation=accumulation, checkpoint_every=3,
+        fsdp=fsdp, gradient_checkpointing=recompute,
+    )  # fmt: skip
+    model = qwen3(hidden_size=32, intermediate_size=48, head_dim=8)
+    records = train(model, breaks if cut else batch_at, loss_of, settings, folder, device="cpu")
+    return [[r.loss, r.norm] for r in records], whole_weights(model)
+
+
+def worker(folder: Path) -> None:
+    """What each of the two processes does."""
+    from angelslim.base import parallel
+
+    torch.set_num_threads(1)
+    parallel.start()
+    for kind in KINDS:
+        fsdp = kind != "ddp"
+        if kind in KINDS[2:]:
+            with pytest.raises(InterruptedError):
+                go(folder / kind, 2, fsdp=True, cut=True)
+            fsdp = kind == "fsdp_resumed"
+        records, weights = go(folder / kind, 2, fsdp, recompute=kind == "fsdp")
+        if parallel.first():
+            save_file(
+                {name: value.clone() for name, value in weights.items()}, folder / f"{kind}.safetensors"
+            )
+            (folder / f"{kind}.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    here = str(Path(__file__).parent)
+    script = folder / "worker.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = {[here, *sys.path]!r}\n"
+        f"from pathlib import Path\nfrom test_sharding import worker\nworker(Path({str(folder)!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return go(tmp_path_factory.mktemp("one"), accumulation=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one(kind: str, one: Any, two: Path) -> None:
+    records, weights = one
+    found = json.loads((two / f"{kind}.json").read_text())
+    assert torch.allclose(torch.tensor(found), torch.tensor(records), rtol=1e-5, atol=1e-5)
+    stored = load_file(two / f"{kind}.safetensors")
+    assert stored.keys() == weights.keys()
+    for name, value in weights.items():
+        assert (stored[name] - value).abs().max() < 1e-5, name
+
+
+def test_checkpoints_of_spread_models_are_whole(one: Any, two: Path) -> None:
+    weights = load_file(two / "fsdp" / CHECKPOINT)
+    plain = load_file(two / "ddp" / CHECKPOINT)
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in plain.items()
+    }
+
+
+def test_a_spread_run_resumes_with_the_same_bits(two: Path) -> None:
+    whole = load_file(two / "fsdp.safetensors")
+    again = load_file(two / "fsdp_resumed.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_alone_fsdp_is_the_plain_loop(one: Any, tmp_path: Path) -> None:
+    _, weights = go(tmp_path, accumulation=4, fsdp=True)
+    assert all(torch.equal(value, one[1][name]) for name, value in weights.items())
+
+
+def test_scalars_cannot_be_spread() -> None:
+    model = nn.Linear(2, 2)
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ConfigError, match="scale is a scalar"):
+        shard(model, torch.device("cpu"))

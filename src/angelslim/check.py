@@ -24,15 +24,17 @@ def open_compressed(folder: Path) -> tuple[Source, QuantizedCheckpoint]:
     return source, source.checkpoint
 
 
-def check(folder: Path) -> int:
+def check(folder: Path, *, plain: bool = False) -> int:
     """Unpack every layer of a compressed folder or file and look for what engines would trip over.
 
     Shapes must be those of the model that config.json describes; codes and scales must agree in shape; scales must
     be finite and positive, or of symmetric integers at least not zero; decoded weights, and those in full precision,
-    finite. Returns how many quantized layers there are.
+    finite. Returns how many quantized layers there are. A `plain` folder has none, and only finite tensors.
     """
     if folder.is_file() and folder.suffix[1:] in FILES:
         return FILES.get(folder.suffix[1:]).check(folder)
+    if plain:
+        return _check_plain(folder)
     source, checkpoint = open_compressed(folder)
     source.check()
     with bar("checking", len(checkpoint.tensors)) as progress:
@@ -47,6 +49,17 @@ def check(folder: Path) -> int:
                 )
             progress.advance()
     return len(checkpoint.parts)
+
+
+def _check_plain(folder: Path) -> int:
+    source = open_any(folder)
+    source.check()
+    for name in source.checkpoint.tensors:
+        if not _finite(source.checkpoint.read(name)):
+            raise ModelError(
+                f"{folder}: {name!r} holds NaN or infinity.", fix="Train again with a lower rate."
+            )
+    return 0
 
 
 def _sound(checkpoint: QuantizedCheckpoint, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Layer 8: the Python face: `compress` for one call, `Engine` for scripts written step by step.
+"""Layer 9: the Python face: `compress` for one call, `Engine` for scripts written step by step.
 
 Both lead to the same pipeline as the command line: a recipe is resolved, a job prepared and run.
 """
@@ -10,16 +10,21 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import pipeline
 from .base import parallel
 from .base.errors import ConfigError, UserError
+from .config.recipe import Resolved
 from .config.recipe import load as load_recipe
+from .config.schema import Config
 from .job import Job, prepare
 from .models.checkpoint import write_atomically
 from .reopen import load
 from .report.record import RunRecord
+
+if TYPE_CHECKING:
+    from .training.job import TrainingJob
 
 
 class Result:
@@ -67,19 +72,33 @@ def compress(
     settings = [f"{key.replace('__', '.')}={_yaml(value)}" for key, value in overrides.items()]
     resolved = load_recipe(recipe, settings)
     folder = _temporary_folder() / "result" if out is None else Path(out)
-    job = prepare(resolved, _as_folder(model, tokenizer))
+    job = prepare_any(resolved, _as_folder(model, tokenizer))
     call = ", ".join(
         [repr(str(model)[:80]), repr(str(recipe)), *(f"{k}={v!r}" for k, v in overrides.items())]
     )
     return Result(folder, carry_out(job, folder, command=f"angelslim.compress({call})"))
 
 
-def carry_out(job: Job, out: Path, *, command: str = "", overwrite: bool = False) -> RunRecord:
+def prepare_any(resolved: Resolved, model: str | Path | None = None) -> Job | TrainingJob:
+    """Make every choice of a run, of one that trains too."""
+    if isinstance(resolved.config, Config) and any(each.trains for each in resolved.config.compression):
+        from .training.job import prepare_training
+
+        return prepare_training(resolved, model)
+    return prepare(resolved, model)
+
+
+def carry_out(job: Job | TrainingJob, out: Path, *, command: str = "", overwrite: bool = False) -> RunRecord:
     """Run a job, and where its recipe says `quant_analyse`, look at every layer of the result afterwards.
 
     The analysis is that of `angelslim analyze MODEL OUT`, in `out`: ``analysis.json``, ``.csv`` and ``.html``.
     """
-    record = pipeline.run(job, out, command=command, overwrite=overwrite)
+    if isinstance(job, Job):
+        record = pipeline.run(job, out, command=command, overwrite=overwrite)
+    else:
+        from .training.run import run
+
+        record = run(job, out, command=command, overwrite=overwrite)
     asked = any(each.quantization and each.quantization.quant_analyse for each in job.config.compression)
     if asked and parallel.first() and not (out / "analysis.html").exists():
         from .analyze import weights
@@ -130,7 +149,7 @@ class Engine:
         self._model: str | Path | None = None
         self._sections: dict[str, dict[str, Any]] = {"model": {}, "dataset": {}}
         self._recipe: str | Path | Mapping[str, Any] | None = None
-        self._job: Job | None = None
+        self._job: Job | TrainingJob | None = None
         self.result: Result | None = None
 
     def prepare_model(
@@ -195,7 +214,7 @@ class Engine:
             raise ConfigError("prepare_compressor needs default_method or compress_config.")
         given = {**self._sections, "evaluation": dict(evaluation or {})}
         sections = {name: values for name, values in given.items() if values}
-        self._job = prepare(load_recipe({**base, **sections}), self._model)
+        self._job = prepare_any(load_recipe({**base, **sections}), self._model)
         return self
 
     def run(self) -> Result:

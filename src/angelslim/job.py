@@ -160,8 +160,8 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         selection=selection,
         format=format_name,
         exporter=exporter,
-        device=_device(config.global_.device),
-        units=_units(source),
+        device=device_of(config.global_.device),
+        units=units_of(source),
     )
 
 
@@ -272,7 +272,8 @@ def _check_dtype(config: Config, source: Source) -> None:
         )
 
 
-def _device(wanted: str | None) -> torch.device:
+def device_of(wanted: str | None) -> torch.device:
+    """Return the device that a recipe names, or the best one there is."""
     if wanted:
         try:
             device = torch.device(wanted)
@@ -287,7 +288,8 @@ def _device(wanted: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _units(source: Source, outside_bytes: int = 256 * 2**20) -> tuple[Unit, ...]:
+def units_of(source: Source, outside_bytes: int = 256 * 2**20) -> tuple[Unit, ...]:
+    """Return the pieces of the output: a block each, and what lies outside in portions."""
     blocks: dict[int, list[str]] = {}
     outside: list[list[str]] = [[]]
     filled = 0

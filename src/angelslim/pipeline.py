@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,10 +54,11 @@ def run(
     command: str = "",
     overwrite: bool = False,
     before: Sequence[Score] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Carry out a job and leave a complete model folder in `out`; returns its record.
 
-    `before` are scores of the original that a caller already has; without them the original is measured too.
+    `training` is the record of how the weights were made. `before` are scores of the original that a caller already has; without them the original is measured too.
     """
     started = time.perf_counter()
     out = out.resolve()  # a name is needed to put OUT.partial beside it, also for "."
@@ -83,8 +85,9 @@ def run(
             parallel.wait()
             return RunRecord.load(out)
         _assemble(job, workplace)
-        check(workplace.result)
+        check(workplace.result, plain=not job.exporter.method)
         record = _record(job, done, workplace, command, fingerprint)
+        record.training = training
         _measure(job, workplace, record, before)
         record.seconds = round(time.perf_counter() - started, 3)
         record.peak_memory_bytes = peak_resident()
@@ -136,7 +139,8 @@ def _assemble(job: Job, workplace: Workplace) -> None:
     schemes = {layer.name: layer.scheme for layer in job.selection.layers}
     config |= job.source.edits
     kept = kept_matrices(job.source, {layer.module for layer in job.selection.layers})
-    config["quantization_config"] = job.exporter.config(schemes, kept)
+    if settings := job.exporter.config(schemes, kept):
+        config["quantization_config"] = settings
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     UnitWriter(workplace.units).finish(
         [unit.name for unit in job.units], result, job.config.global_.max_shard_size
@@ -177,6 +181,7 @@ def measure(job: Job, folder: Path) -> list[Score]:
 def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprint: str) -> RunRecord:
     layers = done.layers
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    bits = sum(x.bits_per_weight * x.shape[0] * x.shape[1] for x in layers)
     files = sorted(workplace.result.glob("*.safetensors"))
     return RunRecord(
         method=job.name,
@@ -187,7 +192,7 @@ def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprin
         parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
         bytes_before=job.source.checkpoint.nbytes,
         bytes_after=sum(file.stat().st_size for file in files),
-        bits_per_weight=sum(x.bits_per_weight * x.shape[0] * x.shape[1] for x in layers) / weights,
+        bits_per_weight=bits / weights if weights else 8.0 * job.source.dtype.itemsize,
         seconds=0.0,
         peak_memory_bytes=0,
         layers=layers,

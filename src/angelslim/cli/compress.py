@@ -127,7 +127,7 @@ def quickstart(
 def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
     """Return the job that a recipe, a model and overrides ask for, as the command line spells them."""
     from ..config.recipe import load
-    from ..job import prepare
+    from ..engine import prepare_any
 
     words = list(rest or [])
     model = words.pop(0) if words and "=" not in words[0] else None
@@ -141,7 +141,7 @@ def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
     resolved = load(recipe, overrides)
     for warning in resolved.warnings:
         console.log.warning("%s", warning)
-    return prepare(resolved, model)
+    return prepare_any(resolved, model)
 
 
 def _print_plan(found: Plan) -> None:

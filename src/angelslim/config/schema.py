@@ -80,6 +80,11 @@ class Compression(Section):
     distill: Distill | None = Field(default=None, alias="Distill")
     mcore_qad: MCoreQAD | None = Field(default=None, alias="MCoreQAD")
 
+    @property
+    def trains(self) -> bool:
+        """Whether the stage is one of training."""
+        return self.name == "QAT" or any(each is not None for each in (self.qat, self.qad, self.distill))
+
 
 class Dataset(Section):
     """Calibration or training data; without `data_path` the built-in texts are used."""

@@ -235,6 +235,9 @@ class SpecialQuantizer(Section):
     M: Int | None = None  # sparse N:M patterns
     N: Int | None = None
     max_eps: Number | None = None
+    options: dict[str, str | float | int | bool] | None = (
+        None  # ours: any option of the quantizer, by its own name
+    )
 
 
 class TrainedQuant(Section):
@@ -294,6 +297,9 @@ class Training(Section):
     kd_temperature: Number | None = None
     kd_loss_weight: Number | None = None
     lm_loss_weight: Number | None = None
+    hidden_loss_weight: Number | None = None  # ours: of the squared error of hidden states
+    teacher_logits: str | None = None  # ours: a folder of stored logits
+    trainable_parameters: Literal["all", "quant", "scale", "norm"] | None = None
     resume_ckpt_dir: str | None = None
 
 
@@ -307,7 +313,6 @@ class Teacher(Training):
     teacher_trust_remote_code: bool | None = None
     teacher_use_cache: bool | None = None
     student_type: Literal["fp", "quantized"] | None = None
-    trainable_parameters: Literal["all", "quant", "scale", "norm"] | None = None
 
 
 class QAT(Training):

@@ -8,6 +8,9 @@ Lengths that do not fill a word are padded with zero bits.
 FP4 (``nvfp4-pack-quantized``, ``mxfp4-pack-quantized``): two codes share one byte, the first in the lower half,
 ``[out, in] -> [out, in / 2]``. The upper bit is the sign, the other three count up the magnitudes
 0, 0.5, 1, 1.5, 2, 3, 4, 6. Unpacked codes are E4M3 numbers.
+
+Any width (our own layout of low-bit weights): the fields of a row form one stream of bits, the first field in the lowest
+bits of the first byte; the last byte is filled with zeros.
 """
 
 from __future__ import annotations
@@ -65,3 +68,19 @@ def unpack_fp4(packed: Tensor) -> Tensor:
     """Undo `pack_fp4`."""
     nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
     return _FP4.to(packed.device).view(torch.uint8)[nibbles.int()].view(torch.float8_e4m3fn)
+
+
+def pack_bits(fields: Tensor, bits: int) -> Tensor:
+    """Pack fields below ``2^bits``, uint8 ``[rows, count]``, into bytes ``[rows, ceil(count * bits / 8)]``."""
+    rows, count = fields.shape
+    places = torch.arange(bits, device=fields.device)
+    stream = (fields[..., None].int() >> places & 1).view(rows, -1)
+    stream = F.pad(stream, (0, -count * bits % 8)).view(rows, -1, 8)
+    return (stream << torch.arange(8, device=fields.device)).sum(-1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_bits`: uint8 ``[rows, count]``."""
+    stream = (packed[..., None].int() >> torch.arange(8, device=packed.device) & 1).flatten(1)
+    fields = stream[:, : count * bits].view(packed.shape[0], count, bits)
+    return (fields << torch.arange(bits, device=packed.device)).sum(-1).to(torch.uint8)

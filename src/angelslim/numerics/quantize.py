@@ -51,7 +51,7 @@ class Quantized:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits for each weight, scales and zero points included."""
-        bits = self.codes.numel() * self.quant.format.bits
+        bits = self.codes.numel() * self.quant.format.stored_bits
         bits += self.scale.numel() * SCALE_BITS.get(self.quant.scale, self.scale.itemsize * 8)
         bits += self.zero.numel() * self.quant.format.bits if self.zero is not None else 0
         bits += 32 if self.global_scale is not None else 0
@@ -178,6 +178,8 @@ def quantize_with(
         scaled = matrix[rows].float() / spread(scale[tiles].float(), tile, part)
         if zero is not None:
             scaled += spread(zero[tiles].float(), tile, part)
+        if quant.format.centre:
+            scaled -= quant.format.centre
         codes[rows] = round_to(scaled, quant.format)
     return Quantized(codes, scale, zero, quant, global_scale)
 
@@ -227,7 +229,7 @@ def _tile_error(matrix: Tensor, scale: Tensor, quant: Quant) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) -> Tensor:
-    """Return ``(codes - zero) * scale`` in float32."""
+    """Return ``(codes - zero + centre) * scale`` in float32."""
     shape = (codes.shape[0], codes.shape[1])
     tile = tile_of(quant.granularity, shape)
     values = torch.empty(shape, dtype=torch.float32, device=codes.device)
@@ -236,6 +238,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Quant) 
         band = codes[rows].float()
         if zero is not None:
             band -= spread(zero[tiles].float(), tile, part)
+        if quant.format.centre:
+            band += quant.format.centre
         torch.mul(band, spread(scale[tiles].float(), tile, part), out=values[rows])
     return values
 

@@ -18,13 +18,24 @@ from ..base.errors import SchemeError, did_you_mean
 
 @dataclass(frozen=True)
 class Format:
-    """The grid of representable values: ``[-limit_low, limit]`` before scaling."""
+    """The grid of representable values before scaling: codes from `low` to `high`, plus `centre`.
+
+    The centre is 0, or a half where no level is zero: SEQ's two bits stand for -1.5, -0.5, 0.5, 1.5. `packed` is the
+    bits that a code takes in a file where that is not `bits`: of four 3:4 sparse ternary codes exactly one is zero.
+    """
 
     name: str
     kind: Literal["int", "float"]
     bits: int
     low: float  # smallest code value
     high: float  # largest code value
+    centre: float = 0.0
+    packed: float = 0.0
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits of a code in a file."""
+        return self.packed or self.bits
 
 
 FORMATS = {
@@ -32,6 +43,11 @@ FORMATS = {
     for item in (
         Format("int4", "int", 4, -8, 7),
         Format("int8", "int", 8, -128, 127),
+        Format("int2", "int", 2, -2, 1),
+        Format("int3", "int", 3, -4, 3),
+        Format("seq2", "int", 2, -2, 1, centre=0.5),
+        Format("ternary", "int", 2, -1, 1),
+        Format("ternary34", "int", 2, -1, 1, packed=1.25),
         Format("fp4_e2m1", "float", 4, -6.0, 6.0),
         Format("fp8_e4m3", "float", 8, -448.0, 448.0),
     )

@@ -46,6 +46,7 @@ class RunRecord:
     fingerprint: str = ""  # equal fingerprints: same model, recipe and versions, hence the same weights
     hashes: dict[str, str] = field(default_factory=dict)  # output file -> sha256
     warnings: list[str] = field(default_factory=list)
+    training: dict[str, Any] | None = None  # how the weights were trained, where they were (`training.run`)
     experts: list[ExpertUse] = field(default_factory=list)  # what calibration showed the experts of a mixture
 
     def to_json(self) -> str:

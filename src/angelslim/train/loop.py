@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def train(
     *,
     lr_of: Callable[[str], float] | None = None,
     on_step: OnStep | None = None,
+    undecayed: Collection[str] = (),
     device: str = "auto",
     title: str = "training",
 ) -> list[StepRecord]:
@@ -61,7 +62,7 @@ def train(
 
     `batch_at(index)` gives batch number `index`; a step takes `accumulation` batches a process. It must be a
     pure function, and picklable where `workers` is not 0 and processes are spawned. `lr_of` scales the
-    learning rate by a parameter's name (0 freezes it). `on_step(step, steps)` is called in every process before each
+    learning rate by a parameter's name (0 freezes it); parameters named in `undecayed` have no weight decay. `on_step(step, steps)` is called in every process before each
     step. `folder` holds the checkpoint and ``steps.jsonl``. With `fsdp` the model stays spread at the end;
     `whole_weights` gathers it. A loss that is no longer finite is a `ConfigError`, as is a checkpoint made with
     other settings.
@@ -71,7 +72,7 @@ def train(
     if settings.compile:
         loss_of = torch.compile(loss_of, dynamic=False)
     model.train()
-    model, bare, optimizer = _prepare(accelerator, model, settings, lr_of)
+    model, bare, optimizer = _prepare(accelerator, model, settings, lr_of, undecayed)
     main, world = accelerator.is_main_process, accelerator.num_processes
     identity = {**settings.identity(), "processes": world}
     saved = folder / checkpoint.CHECKPOINT
@@ -105,6 +106,7 @@ def _prepare(
     model: nn.Module,
     settings: TrainSettings,
     lr_of: Callable[[str], float] | None,
+    undecayed: Collection[str],
 ) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     """Return what losses call, the same without a wrapper, and the optimizer, all on the device."""
     if settings.gradient_checkpointing:
@@ -113,10 +115,10 @@ def _prepare(
     fused = accelerator.device.type == "cuda"
     if settings.fsdp and accelerator.num_processes > 1:
         shard(model, accelerator.device)
-        return model, model, _optimizer(model, settings, scales, fused)
+        return model, model, _optimizer(model, settings, scales, undecayed, fused)
     if settings.fsdp:
         console.chose("the whole model in one process", "fsdp needs several, started by torchrun")
-    prepared, optimizer = accelerator.prepare(model, _optimizer(model, settings, scales, fused))
+    prepared, optimizer = accelerator.prepare(model, _optimizer(model, settings, scales, undecayed, fused))
     return prepared, accelerator.unwrap_model(prepared), optimizer
 
 
@@ -146,12 +148,17 @@ def _scales(model: nn.Module, lr_of: Callable[[str], float] | None) -> dict[str,
 
 
 def _optimizer(
-    model: nn.Module, settings: TrainSettings, scales: dict[str, float], fused: bool
+    model: nn.Module,
+    settings: TrainSettings,
+    scales: dict[str, float],
+    undecayed: Collection[str],
+    fused: bool,
 ) -> torch.optim.Optimizer:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+            decays = parameter.dim() > 1 and name not in undecayed
+            decay = settings.weight_decay if decays else 0.0
             groups.setdefault((scales[name], decay), []).append(parameter)
     assert groups, "nothing to train"
     listed = [

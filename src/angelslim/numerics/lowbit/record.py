@@ -17,7 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from ...base.errors import SchemeError
+from ..quantize import Quantized
+from ..scheme import PER_CHANNEL, Quant, ScaleKind, format_named, per_group
+from .sparse34 import is_encodable
 
 Levels = Literal["ternary", "seq2", "int"]
 CENTRE = {"ternary": 0.0, "seq2": 1.5, "int": 0.0}  # the code, or the place between two, that stands for zero
@@ -54,3 +60,35 @@ class LowBit:
         if self.shift is not None:
             values += self.shift.float()[..., None]
         return values.view(rows, columns)
+
+    def quantized(self) -> Quantized:
+        """Return the same numbers as every format and report of the package takes them.
+
+        A shift has no place there (`SchemeError`). Ternary codes with exactly one zero in each four become 3:4 sparse
+        ones, which take 1.25 bits instead of 2.
+        """
+        if self.shift is not None:
+            raise SchemeError(
+                "A shift of every weight is not what quantized checkpoints hold.",
+                fix="Save with save_format: fake, or train with another quantizer.",
+            )
+        columns = self.codes.shape[1]
+        grain = PER_CHANNEL if self.group == columns else per_group(self.group)
+        name = self.levels if self.levels != "int" else f"int{self.bits}"
+        if name == "ternary" and is_encodable(self.codes):
+            name = "ternary34"
+        codes = self.codes - 2 if name == "seq2" else self.codes
+        return Quantized(
+            codes, self.scale.float(), None, Quant(format_named(name), grain, scale=self.scale_kind)
+        )
+
+    @property
+    def scale_kind(self) -> ScaleKind:
+        """The narrowest 16-bit type that holds all scales, or ``free``."""
+        kinds: tuple[tuple[ScaleKind, torch.dtype], ...] = (
+            ("float16", torch.float16),
+            ("bfloat16", torch.bfloat16),
+        )
+        return next(
+            (kind for kind, dtype in kinds if torch.equal(self.scale.to(dtype).float(), self.scale)), "free"
+        )

@@ -123,7 +123,6 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     _report_unused(resolved, stage, method.reads)
     transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
-    _check_processes([(stage, method), *zip(transforms, steps, strict=True)])
     quantization = next(each.quantization for each in config.compression if each.quantization)
     _check_inputs(config)
     source = _open(reference, config)
@@ -202,16 +201,6 @@ def _open(reference: str | Path, config: Config) -> Source:
     source.check()
     _check_dtype(config, source)
     return source
-
-
-def _check_processes(steps: Sequence[tuple[Stage, Blockwise]]) -> None:
-    """Refuse to share samples among processes for a method that would look only at its own."""
-    alone = [stage.method for stage, step in steps if not step.merges]
-    if alone and parallel.world() > 1:
-        raise ConfigError(
-            f"{alone[0]} works in one process; {parallel.world()} were started.",
-            fix="Run it without torchrun.",
-        )
 
 
 def _check_inputs(config: Config) -> None:

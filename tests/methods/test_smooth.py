@@ -75,7 +75,7 @@ def outliers(tmp_path_factory):
 def test_it_is_a_transform_with_declared_options():
     assert TRANSFORMS.get("smooth") is Smooth
     assert Smooth({}).alpha == 0.5 and Smooth({"alpha": "search"}).alpha is None
-    assert Smooth({}).needs_data(INT8) and Smooth({}).merges
+    assert Smooth({}).needs_data(INT8)
     with pytest.raises(ConfigError, match=r"alpha is 1\.5"):
         Smooth({"alpha": 1.5})
 

@@ -29,6 +29,7 @@ from ...models.structure import Group
 from ...numerics import compensate
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named
+from ._processes import round_together
 from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
 
 EXPERT = "rounded to nearest: an expert of a fused stack has no inputs of its own to watch"
@@ -45,8 +46,6 @@ class GPTQ:
     """Options: `actorder`, `damp`, `gptaq`, `alpha`, `mse_range`; `observer` and `percentile` for static activations."""
 
     reads = frozenset({"actorder", "damp", "gptaq", "alpha", "mse_range", "observer", "percentile"})
-
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.act_order = bool(_given(options, "actorder", True))
@@ -75,8 +74,11 @@ class GPTQ:
     def process(self, block: Block) -> None:
         """Round every layer, put the rounded weights into the block and run the samples through it."""
         hessians, ranges = self._observe(block) if block.samples else ({}, {})
-        for members in by_group(block):
-            self._quantize_group(block, members, hessians, ranges)
+        for given in round_together(
+            block, by_group(block), lambda members: self._quantize_group(block, members, hessians, ranges)
+        ):
+            if given.layer.module is not None and block.samples:
+                block.replace(given.layer, given.weight.dequantize())
         if block.samples:
             block.advance()
 

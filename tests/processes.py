@@ -1,6 +1,7 @@
 """What several processes run, started by torchrun: the jobs of a plan one after another, then what they tell each other.
 
-Usage: processes.py PLAN, a JSON file ``{"model": folder, "said": file, "jobs": [[recipe, words, out], ...]}``.
+Usage: processes.py PLAN, a JSON file ``{"said": file, "jobs": [[model, recipe, words, out], ...]}``. Each process
+writes what it got to know, and which values it gave to the parameters of its blocks, to ``said-RANK``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from angelslim import pipeline
 from angelslim.base import parallel
+from angelslim.models import experts
+from angelslim.models.block import Block
 from angelslim.numerics.kv_cache import HeadRanges
 from tiny import job_for
 
@@ -44,14 +47,33 @@ def exchanged() -> dict[str, Any]:
     }
 
 
+def noted(given: dict[str, float]) -> None:
+    """Note the sum of every value that a parameter of a block is given, by its path and the number of the time."""
+    assign = Block._assign
+
+    def note(block: Block, path: str, value: torch.Tensor) -> None:
+        times = sum(key.startswith(f"{path} ") for key in given)
+        given[f"{path} {times}"] = float(value.double().sum())
+        assign(block, path, value)
+
+    Block._assign = note  # type: ignore[method-assign]
+
+
 def main() -> None:
     """Run the plan."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
-    for recipe, words, out in plan["jobs"]:
-        pipeline.run(job_for(Path(plan["model"]), recipe, *words), Path(out))
+    said: dict[str, Any] = {}
+    for model, recipe, words, out in plan["jobs"]:
+        given: dict[str, float] = {}
+        original, usual = Block._assign, experts.ENOUGH
+        noted(given)
+        experts.ENOUGH = 1 if Path(model).name == "sparse" else usual
+        pipeline.run(job_for(Path(model), recipe, *words), Path(out))
+        Block._assign, experts.ENOUGH = original, usual  # type: ignore[method-assign]
+        said[Path(out).name] = given
     parallel.start()
-    Path(f"{plan['said']}-{parallel.rank()}").write_text(json.dumps(exchanged()))
+    Path(f"{plan['said']}-{parallel.rank()}").write_text(json.dumps([said, exchanged()]))
     parallel.wait()
 
 

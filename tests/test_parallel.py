@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,23 @@ from angelslim.export._checkpoint import QuantizedCheckpoint, open_any
 from families import save_random
 from tiny import byte_tokenizer, job_for
 
-GROUP = "compression.quantization.quant_method.group_size=32"
-SEARCHED = ("compression.quantization.quant_method.lepto_margin=0", "compression.quantization.ignore_layers=[lm_head]")
-JOBS = {
-    "gptaq": ("int4_gptaq", GROUP),
-    "awq": ("int4_awq", GROUP),  # with rounding to nearest, ranges clipped
-    "smooth": ("int8_smooth_gptq", "compression.quantization.smooth_alpha=0.5"),
-    "smooth_search": ("int8_smooth_gptq",),
-    "kv_cache": ("fp8_static_kv", "compression.quantization.quant_method.kv_cache=per-head"),
-    "lepto": ("fp8_lepto", *SEARCHED),
-    "lepto_extended": ("fp8_lepto_extended", *SEARCHED),
+METHOD = "compression.quantization.quant_method"
+GROUP, MARGIN = f"{METHOD}.group_size=32", f"{METHOD}.lepto_margin=0"
+# Each job's model, recipe and further words. Of the mixture every expert is shown every token.
+JOBS: dict[str, tuple[str, ...]] = {
+    "gptaq": ("mixture", "int4_gptaq", GROUP),
+    "awq": ("dense", "int4_awq", GROUP),  # with rounding to nearest, ranges clipped
+    "smooth": ("mixture", "int8_smooth_gptq", "compression.quantization.smooth_alpha=0.5"),
+    "smooth_search": ("mixture", "int8_smooth_gptq"),
+    "kv_cache": ("mixture", "fp8_static_kv", f"{METHOD}.kv_cache=per-head"),
+    "lepto": ("mixture", "fp8_lepto", MARGIN),
+    "lepto_extended": ("mixture", "fp8_lepto_extended", MARGIN),
+}
+# Here many experts are sent tokens in one process only.
+SPARSE: dict[str, tuple[str, ...]] = {
+    "awq_sparse": ("sparse", "int4_awq", GROUP),
+    "smooth_sparse": ("sparse", "int8_smooth_gptq"),
+    "lepto_sparse": ("sparse", "fp8_lepto_extended", MARGIN),
 }
 
 
@@ -60,11 +68,16 @@ def numbers(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory) -> Path:
-    """A mixture, whose experts get tokens of some processes only."""
-    folder = tmp_path_factory.mktemp("mixture")
-    save_random("qwen3_moe", folder)
-    byte_tokenizer().save_pretrained(folder)
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    few = {"num_experts": 16, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    for name, family, changes in (
+        ("dense", "qwen3", {}),
+        ("mixture", "qwen3_moe", {}),
+        ("sparse", "qwen3_moe", few),
+    ):
+        save_random(family, folder / name, **changes)
+        byte_tokenizer().save_pretrained(folder / name)
     return folder
 
 
@@ -79,34 +92,93 @@ def calibrated(tmp_path_factory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def both(mixture, calibrated, tmp_path_factory) -> Path:
+def both(models, calibrated, tmp_path_factory) -> Path:
     """A folder with what two processes made of every job; they start once, as starting takes longest."""
     folder = tmp_path_factory.mktemp("two")
     jobs = [
-        [recipe, [*words, *calibrated], str(folder / name)] for name, (recipe, *words) in JOBS.items()
+        [str(models / model), recipe, [*words, *calibrated], str(folder / name)]
+        for name, (model, recipe, *words) in (JOBS | SPARSE).items()
     ]
-    plan = {"model": str(mixture), "said": str(folder / "said"), "jobs": jobs}
-    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "plan.json").write_text(json.dumps({"said": str(folder / "said"), "jobs": jobs}))
     torchrun(str(Path(__file__).with_name("processes.py")), str(folder / "plan.json"))
     return folder
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_two_processes_equal_one(name, both, mixture, calibrated, tmp_path):
-    recipe, *words = JOBS[name]
-    record = pipeline.run(job_for(mixture, recipe, *words, *calibrated), tmp_path / "one")
-    one, two = weights(tmp_path / "one"), weights(both / name)
-    assert one.keys() == two.keys()
-    same = [float(torch.isclose(one[key], two[key], 1e-5, 1e-7).float().mean()) for key in one]
-    print(name, min(same), sum(same) / len(same))
-    assert sum(same) / len(same) > 0.99  # sums differ in rounding
-    for key, value in numbers(tmp_path / "one").items():
-        torch.testing.assert_close(numbers(both / name)[key], value, rtol=1e-5, atol=1e-7)
-    theirs = json.loads((both / name / "run.json").read_text())
-    ours = json.loads((tmp_path / "one" / "run.json").read_text())
+def said(both: Path) -> list[Any]:
+    return [json.loads((both / f"said-{rank}").read_text()) for rank in (0, 1)]
+
+
+def assert_same(one: Path, two: Path) -> dict[str, Any]:
+    """Compare two results, sums being rounded in another order; return the first one's record."""
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    same = [torch.isclose(first[name], second[name], 1e-5, 1e-7).float().mean() for name in first]
+    assert sum(same) / len(same) > 0.99
+    other = numbers(two)
+    for name, value in numbers(one).items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7)
+    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (one, two))
     assert ours["experts"] == theirs["experts"]
-    assert [layer["name"] for layer in ours["layers"]] == [layer["name"] for layer in theirs["layers"]]
+    for key in ("name", "note"):
+        assert [layer[key] for layer in ours["layers"]] == [layer[key] for layer in theirs["layers"]]
     chosen = [[layer["choice"].partition(",")[0] for layer in each["layers"]] for each in (ours, theirs)]
     assert chosen[0] == chosen[1]
-    print(chosen[0])
-    assert "lepto" not in name or any(choice not in ("", "alpha 0") for choice in chosen[0])
+    return ours
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_equal_one(name, both, models, calibrated, tmp_path):
+    model, recipe, *words = JOBS[name]
+    pipeline.run(job_for(models / model, recipe, *words, *calibrated), tmp_path / "one")
+    record = assert_same(tmp_path / "one", both / name)
+    if "lepto" in name:
+        assert any(layer["choice"].partition(",")[0] not in ("", "alpha 0") for layer in record["layers"])
+    if name == "kv_cache":
+        assert any(key.endswith(".k_scale") for key in numbers(both / name))
+
+
+@pytest.mark.parametrize("name", [*JOBS, *SPARSE])
+def test_processes_give_their_blocks_the_same_values(name, both):
+    first, second = (given[name] for given, _ in said(both))
+    assert first == second
+    assert bool(first) == ("lepto" not in name and "kv" not in name)  # these change no parameter
+
+
+def test_a_process_without_tokens_of_an_expert_takes_part(both):
+    used = json.loads((both / "lepto_sparse" / "run.json").read_text())["experts"]
+    assert len(used) == 16 and min(use["tokens"] for use in used) == 0  # shown one of the others'
+    for name in SPARSE:
+        assert all(value.isfinite().all() for value in weights(both / name).values())
+
+
+def test_the_command_runs_in_two_processes(models, calibrated, tmp_path):
+    pipeline.run(job_for(models / "mixture", "fp8_static", *calibrated), tmp_path / "one")
+    torchrun(
+        "-m",
+        "angelslim",
+        "run",
+        "fp8_static",
+        str(models / "mixture"),
+        *calibrated,
+        "--out",
+        str(tmp_path / "two"),
+    )
+    assert not (tmp_path / "two.partial").exists()
+    assert_same(tmp_path / "one", tmp_path / "two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_processes_tell_each_other(both):
+    (_, first), (_, second) = said(both)
+    assert first["types"] == second["types"] == [
+        ["fp8", "torch.float8_e4m3fn", [1, 2]], ["half", "torch.bfloat16", [3, 2]], ["one", "torch.int64", []],
+        ["none", "torch.float32", [0, 4]],
+    ]  # fmt: skip
+    assert first["values"] == second["values"] and first["values"][0] == [[0.5, 448.0]]
+    assert first["gathered"] == second["gathered"] == [[], [0]]
+    assert (first["numbered"], second["numbered"]) == ([0, 7], [3, 7])
+    assert (first["share"], second["share"]) == ([0, 1], [2, 3, 4])
+    assert first["spread"] == second["spread"] == [0.1, 1.1, float("inf")]
+    assert first["owners"] == second["owners"] == [1, 0, 1, 1]
+    assert first["heads"] == second["heads"] == [0.5, 2.0]

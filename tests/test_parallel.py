@@ -51,8 +51,16 @@ def test_alone_there_is_nothing_to_exchange():
 
 def torchrun(*words: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as runs:
+        try:
+            said = runs.communicate(timeout=300)[1]  # processes that disagree would wait for each other
+        except subprocess.TimeoutExpired:
+            runs.terminate()  # torchrun ends its processes
+            raise
+    assert runs.returncode == 0, said[-3000:]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

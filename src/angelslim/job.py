@@ -267,7 +267,8 @@ def _device(wanted: str | None) -> torch.device:
             raise ConfigError(f"global.device {wanted!r} is no device.", fix="Use cpu or cuda.") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ResourceError("global.device asks for CUDA, and no GPU is visible.", fix="Use device cpu.")
-        return device
+        each_its_own = device == torch.device("cuda") and parallel.world() > 1
+        return torch.device("cuda", parallel.local_rank()) if each_its_own else device
     if torch.cuda.is_available():
         chose("device cuda", "a GPU is visible")
         return torch.device("cuda", parallel.local_rank()) if parallel.world() > 1 else torch.device("cuda")

@@ -103,12 +103,12 @@ def config_of(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
 
 
-def random_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def random_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of the family, spread out enough that a wrong mask or rotation shows."""
     from angelslim.models.loading import model_class
 
     torch.manual_seed(0)
-    config = config_of(family)
+    config = config_of(family, **changes)
     model = model_class(config)._from_config(config, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and not name.startswith(("visual", "model.visual")):
@@ -119,9 +119,9 @@ def random_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def save_random(family: str, folder: Path) -> Any:
+def save_random(family: str, folder: Path, **changes: Any) -> Any:
     """Save a random model of the family and return it."""
-    model = random_model(family)
+    model = random_model(family, **changes)
     model.save_pretrained(folder)
     return model
 

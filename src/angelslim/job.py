@@ -125,7 +125,6 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     _report_unused(resolved, stage, method.reads)
     transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
-    _check_processes([(stage, method), *zip(transforms, steps, strict=True)])
     quantization = next(each.quantization for each in config.compression if each.quantization)
     _check_inputs(config)
     source = _open(reference, config)
@@ -206,16 +205,6 @@ def _open(reference: str | Path, config: Config) -> Source:
     return source
 
 
-def _check_processes(steps: Sequence[tuple[Stage, Blockwise]]) -> None:
-    """Refuse to share samples among processes for a method that would look only at its own."""
-    alone = [stage.method for stage, step in steps if not step.merges]
-    if alone and parallel.world() > 1:
-        raise ConfigError(
-            f"{alone[0]} works in one process; {parallel.world()} were started.",
-            fix="Run it without torchrun.",
-        )
-
-
 def _check_inputs(config: Config) -> None:
     """Refuse measurements that would fail only after hours of work."""
     settings = config.evaluation
@@ -281,7 +270,8 @@ def device_of(wanted: str | None) -> torch.device:
             raise ConfigError(f"global.device {wanted!r} is no device.", fix="Use cpu or cuda.") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ResourceError("global.device asks for CUDA, and no GPU is visible.", fix="Use device cpu.")
-        return device
+        each_its_own = device == torch.device("cuda") and parallel.world() > 1
+        return torch.device("cuda", parallel.local_rank()) if each_its_own else device
     if torch.cuda.is_available():
         chose("device cuda", "a GPU is visible")
         return torch.device("cuda", parallel.local_rank()) if parallel.world() > 1 else torch.device("cuda")

@@ -109,7 +109,9 @@ def compress_units(job: Job, workplace: Workplace) -> Done:
     with bar("quantizing", len(job.units)) as progress:
         for unit in [*blocks, *outside]:
             records = workplace.records / f"{unit.name}.json"
-            if not (writer.has(unit.name) and records.exists()):
+            # All look before the first process can write: what one skips and another does would never end.
+            whole = writer.has(unit.name) and records.exists()
+            if parallel.total_count(int(whole)) < parallel.world():
                 done = _unit(job, unit, groups, stream if unit.block is not None else None)
                 if parallel.first():
                     writer.write(unit.name, done.tensors)

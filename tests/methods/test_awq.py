@@ -66,7 +66,7 @@ def relative_error(block, exact) -> float:
 def test_it_is_a_transform_with_declared_options():
     assert TRANSFORMS.get("awq") is AWQ
     method = AWQ({})
-    assert method.duo and method.merges and not method.follows_original
+    assert method.duo and not method.follows_original
     assert method.needs_data(PRESETS["int4"])
     assert not AWQ({"duo": False}).duo
 

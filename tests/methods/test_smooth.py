@@ -75,7 +75,7 @@ def outliers(tmp_path_factory):
 def test_it_is_a_transform_with_declared_options():
     assert TRANSFORMS.get("smooth") is Smooth
     assert Smooth({}).alpha == 0.5 and Smooth({"alpha": "search"}).alpha is None
-    assert Smooth({}).needs_data(INT8) and Smooth({}).merges
+    assert Smooth({}).needs_data(INT8)
     with pytest.raises(ConfigError, match=r"alpha is 1\.5"):
         Smooth({"alpha": 1.5})
 
@@ -136,9 +136,8 @@ def test_ranges_are_the_same_in_any_batches_and_processes(monkeypatch):
     assert torch.equal(whole.amax, parts.amax) and torch.equal(whole.amax, values.abs().amax(0))
     assert 8 <= len(parts.tokens) <= 12
     assert len(whole.tokens) == 0
-    monkeypatch.setattr(parallel, "world", lambda: 2)
     monkeypatch.setattr(parallel, "highest", lambda value: value * 2)
-    monkeypatch.setattr(parallel, "spread", lambda tasks: [task() for task in tasks])
+    monkeypatch.setattr(parallel, "gathered", lambda value: [value, value])
     count = len(parts.tokens)
     parts.merge()
     assert len(parts.tokens) == 2 * count and torch.equal(parts.amax, 2 * whole.amax)

@@ -333,3 +333,10 @@ def test_bands_of_rows_change_nothing(granularity, symmetric, monkeypatch):
     monkeypatch.setattr("angelslim.numerics.quantize.BAND", 3 * 48)
     banded = quantize(matrix, quant)
     assert torch.equal(banded.codes, whole.codes) and torch.equal(banded.dequantize(), decoded)
+
+
+@pytest.mark.parametrize("name", ["fp8_static", "fp8_dynamic", "nvfp4"])
+def test_inputs_without_tokens_stay_empty(name):
+    quant, scale = PRESETS[name].input, torch.ones(1, 1)
+    assert quant is not None
+    assert fake_quantize(torch.empty(0, 32), quant, None if quant.dynamic else scale).shape == (0, 32)

@@ -1,15 +1,19 @@
 """Several processes of one run, started by torchrun: who am I, and what do the others know?
 
 Every function also works alone, where there is nothing to exchange. Processes hold different calibration samples; they
-add up their statistics, so that all of them round from the same numbers. ``torchrun`` ends the others when one
-fails. torch is imported when first used: the command line stays fast.
+add up their statistics, so that all of them decide and round from the same numbers. Rounding is shared too
+(`methods.ptq._processes`). Each function that exchanges something has to be called by all processes, in one order:
+also by one that has no sample to contribute. ``torchrun`` ends the others when one fails. torch is imported when first
+used: the command line stays fast.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,24 +98,89 @@ def total_count(value: int) -> int:
     return int(total(torch.tensor([value])).item())
 
 
+def numbered(count: int) -> tuple[int, int]:
+    """Return where this process's `count` things begin when those of all are numbered in a row, and how many there are."""
+    if world() == 1:
+        return 0, count
+    import torch
+
+    counts = torch.zeros(world(), dtype=torch.int64)
+    counts[rank()] = count
+    found = total(counts)
+    return int(found[: rank()].sum()), int(found.sum())
+
+
 def share(items: Sequence[T]) -> list[T]:
-    """Return this process's share of a list: every item belongs to exactly one process."""
-    return list(items[rank() :: world()])
+    """Return this process's share of a list: a run of neighbours, so that items picked evenly belong to all alike."""
+    start, stop = (len(items) * number // world() for number in (rank(), rank() + 1))
+    return list(items[start:stop])
 
 
-def spread(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Run each task in one of the processes; return all results everywhere, in order.
+def spread(tasks: Sequence[Callable[[], float]]) -> list[float]:
+    """Compute each number in one of the processes; return all of them everywhere, in order.
 
-    Results travel pickled between processes of this very program.
+    Processes that decide by such numbers decide alike, whatever their processors make of the last bit.
     """
     if world() == 1:
         return [task() for task in tasks]
+    import torch
+
+    found = torch.zeros(len(tasks), dtype=torch.float64)
+    for number in range(rank(), len(tasks), world()):
+        found[number] = tasks[number]()
+    numbers: list[float] = total(found).tolist()
+    return numbers
+
+
+def owners(costs: Sequence[int]) -> list[int]:
+    """Return which process does which of some tasks: the dearest first, each for the one with least to do so far.
+
+    >>> owners([5, 1, 1])
+    [0, 0, 0]
+    """
+    loads = [0] * world()
+    found = [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda each: -costs[each]):
+        found[task] = loads.index(min(loads))
+        loads[found[task]] += costs[task]
+    return found
+
+
+def broadcast(tensors: Mapping[str, Tensor], source: int) -> dict[str, Tensor]:
+    """Return the tensors of process `source`, bit by bit; what the others give is left aside.
+
+    A tensor on a GPU arrives on the receiver's own. Names, types and shapes travel before as JSON.
+    """
+    if world() == 1:
+        return dict(tensors)
+    import torch
     from torch import distributed
 
-    own = {number: tasks[number]() for number in range(rank(), len(tasks), world())}
-    results: list[T] = []
-    for number in range(len(tasks)):
-        box: list[Any] = [own.get(number)]
-        distributed.broadcast_object_list(box, src=number % world())
-        results.append(box[0])
-    return results
+    own = rank() == source
+    heads = [(name, str(x.dtype)[6:], tuple(x.shape), x.device.type) for name, x in tensors.items() if own]
+    text = json.dumps(heads).encode()
+    length = torch.tensor(len(text))
+    distributed.broadcast(length, source)
+    letters = torch.frombuffer(bytearray(text), dtype=torch.uint8) if own else _bytes(int(length), "cpu")
+    distributed.broadcast(letters, source)
+    found = {}
+    for name, kind, shape, place in json.loads(letters.numpy().tobytes()):
+        dtype = getattr(torch, kind)
+        size = math.prod(shape) * dtype.itemsize
+        raw = tensors[name].contiguous().reshape(-1).view(torch.uint8) if own else _bytes(size, place)
+        if size:
+            distributed.broadcast(raw, source)
+        found[name] = tensors[name] if own else raw.view(dtype).reshape(shape)
+    return found
+
+
+def gathered(value: Tensor) -> list[Tensor]:
+    """Return the tensors of all processes, which may differ in shape."""
+    return [broadcast({"value": value}, source)["value"] for source in range(world())]
+
+
+def _bytes(count: int, place: str) -> Tensor:
+    import torch
+
+    device = torch.device(place) if place == "cpu" else torch.device(place, local_rank())
+    return torch.empty(count, dtype=torch.uint8, device=device)

@@ -33,6 +33,9 @@ class Blockwise(Protocol):
     the engine calls it if `process` has not. A method whose next block shall see what its rounding did calls
     `block.collect` to watch the original block, `block.replace` for each weight, then `block.advance`.
 
+    Processes that torchrun started hold different samples (`base.parallel`): statistics are merged and errors summed
+    before anything is decided by them, and every process makes the same calls.
+
     A transform runs before the rounding method, is called only for blocks with samples, changes weights with
     `block.rewrite`, and neither emits nor advances.
     """
@@ -41,8 +44,6 @@ class Blockwise(Protocol):
     follows_original: (
         bool  # calls `block.compare`, so the original model's activations are kept beside its own
     )
-
-    merges: bool  # its statistics are merged over the processes that torchrun started
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Take the method's options from the recipe; wrong values are a `ConfigError`."""

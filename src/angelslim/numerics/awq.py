@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from .quantize import TINY, quantize, spread, tile_of, tile_range
 from .scheme import Quant
 
@@ -107,18 +109,23 @@ def search(
     readers = [reader.sampled() for reader in readers]
     signal = [max(_energy(reader.weight.float(), hessian), 1e-30) for reader in readers]
 
-    def judged(step: int, is_duo: bool) -> Candidate:
-        scale = scale_of(inputs, share, step, is_duo)
+    def lost(scale: Tensor) -> float:
         losses = [reader.loss(scale, hessian) for reader in readers]
-        loss = sum(lost / whole for lost, whole in zip(losses, signal, strict=True))
-        return Candidate(scale, step, is_duo, loss)
+        return sum(loss / whole for loss, whole in zip(losses, signal, strict=True))
 
-    found = [judged(step, False) for step in range(0, GRID, 2)]
+    def judged(steps: Sequence[tuple[int, bool]]) -> list[Candidate]:
+        scales = [scale_of(inputs, share, step, is_duo) for step, is_duo in steps]
+        losses = parallel.spread([partial(lost, scale) for scale in scales])
+        return [
+            Candidate(scale, *step, loss) for scale, step, loss in zip(scales, steps, losses, strict=True)
+        ]
+
+    coarse = [(step, False) for step in range(0, GRID, 2)]
     if duo:
-        found += [judged(step, True) for step in range(0, GRID + 1, 2)]
+        coarse += [(step, True) for step in range(0, GRID + 1, 2)]
+    found = judged(coarse)
     best = min(found, key=lambda each: each.loss)
-    fine = [step for step in (best.step - 1, best.step + 1) if 0 <= step <= GRID]
-    found += [judged(step, best.duo) for step in fine]
+    found += judged([(step, best.duo) for step in (best.step - 1, best.step + 1) if 0 <= step <= GRID])
     return sorted(found, key=lambda each: each.loss)
 
 

@@ -28,8 +28,10 @@ class HeadRanges:
         self.amax = torch.maximum(self.amax, amax) if self.amax.numel() else amax
 
     def merge(self) -> None:
-        """Take in what the other processes of the run have seen."""
-        self.amax = parallel.highest(self.amax)
+        """Take in what the other processes of the run have seen; this one may have seen nothing."""
+        heads = parallel.highest(torch.tensor(self.amax.numel())).item()
+        seen = self.amax.cpu() if self.amax.numel() else torch.zeros(int(heads))
+        self.amax = parallel.highest(seen)
 
     def scale(self, quant: Quant) -> Tensor:
         """Return the static scale ``[1]`` or ``[heads, 1, 1]`` in float32; heads that stayed zero get the scale 1."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -123,6 +124,6 @@ def shortlist(
 
     Only candidates that beat the first are listed; without any the share is 0.
     """
-    errors = [counts.error(candidate.scale, grid) for candidate in found]
+    errors = parallel.spread([partial(counts.error, candidate.scale, grid) for candidate in found])
     better = sorted((error, index) for index, error in enumerate(errors) if error < errors[0])
     return [found[index] for _, index in better[:keep]], 1 - better[0][0] / errors[0] if better else 0.0

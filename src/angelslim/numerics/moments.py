@@ -42,7 +42,7 @@ class Moments:
         self._magnitudes += inputs.abs().sum(0)
 
     def merge(self) -> None:
-        """Add what the other processes of the run have seen."""
+        """Add what the other processes of the run have seen; each has turned down the loud ones of its own samples."""
         self.tokens = parallel.total_count(self.tokens)
         self._squares = parallel.total(self._squares)
         self._magnitudes = parallel.total(self._magnitudes)

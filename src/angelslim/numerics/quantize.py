@@ -250,6 +250,8 @@ def fake_quantize(values: Tensor, quant: Quant, scale: Tensor | None = None) -> 
     Dynamic schemes take their scales from `values` itself; static ones need `scale`. NVFP4 does both: `scale` is
     its global one, the groups' are computed.
     """
+    if not values.numel():
+        return values  # an expert that no token was sent to
     matrix = values.reshape(-1, values.shape[-1])
     if scale is None or quant.scale == "e4m3":
         quantized = quantize(matrix, quant, global_scale=scale)

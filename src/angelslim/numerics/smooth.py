@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..base import parallel
 from .quantize import fake_quantize, quantize, scales_from_range
 from .scheme import Quant, Scheme
 
@@ -59,13 +61,13 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
     one value.
     """
     exact = [inputs.float() @ reader.weight.float().T for reader in readers]
-    best = Choice(torch.ones_like(amax), None, _lost(inputs, amax, torch.ones_like(amax), readers, exact))
-    for alpha in ALPHAS:
-        scale = smooth_scale(amax, weights, alpha)
-        loss = _lost(inputs, amax, scale, readers, exact)
-        if loss < best.loss:
-            best = Choice(scale, alpha, loss)
-    return best
+    scales: dict[float | None, Tensor] = {None: torch.ones_like(amax)}
+    scales |= {alpha: smooth_scale(amax, weights, alpha) for alpha in ALPHAS}
+    losses = parallel.spread(
+        [partial(_lost, inputs, amax, scale, readers, exact) for scale in scales.values()]
+    )
+    found = [Choice(scales[alpha], alpha, loss) for alpha, loss in zip(scales, losses, strict=True)]
+    return min(found, key=lambda each: each.loss)
 
 
 def _lost(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...base import parallel
 from ...models.block import Block
 from ...models.select import Layer
 from ...numerics.clip import clip_range
@@ -53,8 +54,10 @@ class InputStatistics:
             self.values = torch.cat([self.values, runs.flatten()[: room // GROUP * GROUP].float().cpu()])
 
     def merge(self) -> None:
-        """Take in the range that the other processes of the run have seen."""
+        """Take in the range that the other processes of the run have seen, and a part of the sample from each."""
         self.observer.merge()
+        part = PROBE_VALUES // parallel.world() // GROUP * GROUP
+        self.values = torch.cat(parallel.gathered(self.values[:part]))
 
     def scale(self, quant: Quant) -> Tensor:
         """Return the static scale ``[1, 1]`` in float32; of NVFP4 inputs it is the global one."""

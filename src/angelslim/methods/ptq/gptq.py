@@ -27,8 +27,7 @@ rounding did to the groups before it (o_proj sees rounded q, k, v).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +40,7 @@ from ...numerics import compensate, refine
 from ...numerics.observers import make_observer
 from ...numerics.quantize import Quantized, quantize_with, scale_type
 from ...numerics.scheme import PER_TENSOR, Scheme, format_named
+from ._processes import round_together
 from ._shared import InputStatistics, Shared, by_group, head_of, round_weight, shared_scale
 
 EXPERT = "rounded to nearest: an expert of a fused stack has no inputs of its own to watch"
@@ -72,7 +72,6 @@ class GPTQ:
         }
         | {"observer", "percentile"}
     )
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.act_order = bool(_given(options, "actorder", True))
@@ -117,41 +116,51 @@ class GPTQ:
 
     def process(self, block: Block) -> None:
         """Round every layer, put the rounded weights into the block and run the samples through it."""
-        groups = {self._head(block, members[0]): members for members in by_group(block)}
-        hessians, ranges = self._observe(block, list(groups)) if block.samples else ({}, {})
-        # Heads are watched in the order in which they run, which is not that of the checkpoint.
-        ordered = [*hessians, *(head for head in groups if head not in hessians)]
-        for number, head in enumerate(ordered):
-            if self.sequential and number and head in hessians:
-                hessians.pop(head)
-                hessians |= self._observe(block, [head])[0]
-            self._quantize_group(block, groups[head], hessians, ranges)
+        hessians, ranges = self._observe(block) if block.samples else ({}, {})
+        groups = by_group(block)
+        if self.sequential:
+            groups = _as_they_run(block, groups)
+        for number, part in enumerate([[one] for one in groups] if self.sequential else [groups]):
+            if number and part[0][0].module is not None:
+                head = head_of(block, part[0][0])
+                del hessians[head]
+                hessians |= self._observe(block, head)[0]
+            self._round(block, part, hessians, ranges)
         if block.samples:
             block.advance()
 
-    @staticmethod
-    def _head(block: Block, layer: Layer) -> str:
-        """Return what stands for a group: the linear that is watched, or the tensor of what cannot be."""
-        return layer.tensor if layer.module is None else head_of(block, layer)
+    def _round(
+        self,
+        block: Block,
+        groups: Sequence[list[Layer]],
+        hessians: dict[str, compensate.Hessian],
+        ranges: dict[str, InputStatistics],
+    ) -> None:
+        """Round groups, each in one of the processes, and put all of them into the block."""
+        for given in round_together(
+            block, groups, lambda members: self._quantize_group(block, members, hessians, ranges)
+        ):
+            if given.layer.module is not None and block.samples:
+                block.replace(given.layer, given.weight.dequantize())
 
     def _observe(
-        self, block: Block, heads: Sequence[str]
+        self, block: Block, only: str | None = None
     ) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
-        """Return the Hessian, and the static range if one is needed, of each head, in the order they ran."""
+        """Return the Hessian, and the static range if one is needed, of each group's head, or of one head alone."""
         hessians: dict[str, compensate.Hessian] = {}
         ranges: dict[str, InputStatistics] = {}
-        ran: dict[str, None] = {}
         for layer in block.layers:
-            head, quant = self._head(block, layer), layer.scheme.input
-            if layer.module is None or head not in heads:
+            if layer.module is None:
+                continue
+            head, quant = head_of(block, layer), layer.scheme.input
+            if only not in (None, head):
                 continue
             if head not in hessians:
                 hessians[head] = compensate.Hessian(layer.shape[1], block.device)
             if head not in ranges and quant is not None and quant.calibrated:
                 ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
         watched: dict[str, ObservePair] = {
-            head: _watching(hessian, ranges.get(head), partial(ran.setdefault, head))
-            for head, hessian in hessians.items()
+            head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()
         }
         if self.follows_original:
             block.compare(watched)
@@ -161,9 +170,7 @@ class GPTQ:
             hessians[head].merge()
         for head in ranges:
             ranges[head].merge()
-        return {
-            head: hessians[head] for head in [*ran, *(head for head in hessians if head not in ran)]
-        }, ranges
+        return hessians, ranges
 
     def _quantize_group(
         self,
@@ -233,11 +240,14 @@ class GPTQ:
         return factor, DAMPED if factor.damping > self.damp else ""
 
 
-def _watching(
-    hessian: compensate.Hessian, statistics: InputStatistics | None, ran: Callable[[], object]
-) -> ObservePair:
+def _as_they_run(block: Block, groups: list[list[Layer]]) -> list[list[Layer]]:
+    """Return groups in the order in which they run, which is not that of the checkpoint."""
+    order = {linear: place for place, linear in enumerate(block.groups)}
+    return sorted(groups, key=lambda members: order.get(str(members[0].module), len(order)))
+
+
+def _watching(hessian: compensate.Hessian, statistics: InputStatistics | None) -> ObservePair:
     def watch(inputs: Any, originals: Any) -> None:
-        ran()
         hessian.update(inputs, originals)
         if statistics is not None:
             statistics.update(inputs)

@@ -51,7 +51,6 @@ class Learned:
 
     reads = frozenset({"iterations", "lr", "learn_batch", "learn_from", "damp", "observer", "percentile"})
     follows_original = True
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.iterations = int(options.get("iterations") or ITERATIONS)
@@ -107,7 +106,7 @@ class Learned:
             for layer in block.layers
             if layer.module is not None and hessians[head_of(block, layer)].tokens
         }
-        if learning and aims:
+        if learning:
             self._learn(block, learning, aims)
         for layer in block.layers:
             self._emit(block, layer, originals[layer], rounded, learning, hessians, ranges)
@@ -164,7 +163,9 @@ class Learned:
         queue: list[int] = []
         smallest, best = float("inf"), {layer: one.state() for layer, one in learning.items()}
         for iteration in range(self.iterations):
-            while len(queue) < min(self.batch, len(aims)):
+            while len(queue) < min(
+                self.batch, len(aims)
+            ):  # a process without samples of an expert only listens
                 queue += rng.sample(range(len(aims)), len(aims))
             chosen, queue = queue[: self.batch], queue[self.batch :]
             loss, gradients = self._gradients(block, learning, chosen, aims)

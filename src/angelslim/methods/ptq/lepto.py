@@ -39,6 +39,7 @@ from ...numerics.lepto import PATTERNS, Candidate, MagnitudeCounts, candidates, 
 from ...numerics.observers import AbsMax
 from ...numerics.quantize import TINY, fake_quantize
 from ...numerics.scheme import PER_TENSOR, Quant, Scheme
+from ._processes import round_together
 from ._shared import InputStatistics, by_group, round_weight, shared_scale
 
 MARGIN = 0.05  # share of a block's error that the scales of its operators must take off to be kept
@@ -81,7 +82,6 @@ class LeptoQuant:
 
     reads = frozenset({"lepto_extended", "lepto_margin"})
     follows_original = False
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.extended = bool(options.get("lepto_extended", False))
@@ -108,18 +108,20 @@ class LeptoQuant:
         operators = self._operators(block, members) if block.samples else {}
         if operators:
             self._search(block, list(dict.fromkeys(operators.values())))
-        for layers in members:
-            shared = shared_scale(block, layers)
-            for layer in layers:
-                weight = block.weight(layer)
-                quantized = round_weight(weight, layer.scheme.weight, shared)
-                operator = operators.get(layer.name)
-                if operator is None:
-                    block.emit(layer, weight, quantized)
-                    continue
-                seen = operator.statistics.histogram(operator.quant, operator.scale)
-                choice = f"{operator.choice}, block error x{operator.gain:.4f}"
-                block.emit(layer, weight, quantized, operator.scale.clone(), seen, choice=choice)
+        round_together(block, members, lambda layers: self._round_group(block, layers, operators))
+
+    def _round_group(self, block: Block, layers: list[Layer], operators: Mapping[str, Operator]) -> None:
+        shared = shared_scale(block, layers)
+        for layer in layers:
+            weight = block.weight(layer)
+            quantized = round_weight(weight, layer.scheme.weight, shared)
+            operator = operators.get(layer.name)
+            if operator is None:
+                block.emit(layer, weight, quantized)
+                continue
+            seen = operator.statistics.histogram(operator.quant, operator.scale)
+            choice = f"{operator.choice}, block error x{operator.gain:.4f}"
+            block.emit(layer, weight, quantized, operator.scale.clone(), seen, choice=choice)
 
     def _operators(self, block: Block, members: list[list[Layer]]) -> dict[str, Operator]:
         """Return the operator of each layer (name -> operator); overrides may leave layers without static inputs."""
@@ -148,7 +150,9 @@ class LeptoQuant:
         if not contested or max(operator.promise for operator in contested) < self.margin:
             return  # a block cannot gain more than the best of its operators
         runs = 2 + sum(len(operator.finalists) for operator in contested)
-        samples = spread(block.samples, max(FEW, block.samples // (2 * runs)))
+        first, count = parallel.numbered(block.samples)
+        searched = spread(count, max(FEW, count // (2 * runs)))
+        samples = [number - first for number in searched if first <= number < first + block.samples]
         original = [_output(block, sample) for sample in samples]
         with _quantized_inputs(block, operators):
             before = error = _error(block, samples, original, self.extended)

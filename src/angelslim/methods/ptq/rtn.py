@@ -28,6 +28,7 @@ from ...numerics.compensate import output_error
 from ...numerics.moments import Moments
 from ...numerics.observers import make_observer
 from ...numerics.scheme import Scheme, format_named
+from ._processes import round_together
 from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
 
 SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
@@ -38,7 +39,6 @@ class RoundToNearest:
 
     reads = frozenset({"observer", "percentile", "mse_range"})
     follows_original = False
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.clips = bool(options.get("mse_range", False))
@@ -61,8 +61,9 @@ class RoundToNearest:
     def process(self, block: Block) -> None:
         """Round every layer; observe inputs first where the scheme is static or ranges are clipped."""
         ranges, moments = self._observe(block) if block.samples else ({}, {})
-        for members in by_group(block):
-            self._round_group(block, members, ranges, moments)
+        round_together(
+            block, by_group(block), lambda members: self._round_group(block, members, ranges, moments)
+        )
 
     def _observe(self, block: Block) -> tuple[dict[str, InputStatistics], dict[str, Moments]]:
         """Run the samples through the unquantized block, watching each group's input once."""

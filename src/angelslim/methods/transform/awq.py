@@ -38,7 +38,6 @@ class AWQ:
 
     reads = frozenset({"duo"})
     follows_original = False
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))
@@ -110,12 +109,12 @@ class AWQ:
 
 
 def _drawn(block: Block) -> dict[int, Tensor]:
-    """Return samples drawn at random, and the block's outputs for them."""
+    """Return samples drawn at random, each process its part of them, and the block's outputs for them."""
     order = torch.randperm(block.samples, generator=torch.Generator().manual_seed(0)).tolist()
     exact: dict[int, Tensor] = {}
     tokens = 0
     for sample in order:
-        if tokens < TOKENS:
+        if tokens * parallel.world() < TOKENS:
             with torch.no_grad():
                 exact[sample] = block.forward([sample])
             tokens += exact[sample].shape[:-1].numel()

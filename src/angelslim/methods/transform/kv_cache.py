@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...base import parallel
 from ...base.errors import ModelError, SchemeError
 from ...models.attention import stored_name, watched
 from ...models.block import Block
@@ -34,7 +36,6 @@ class KeyValueCache:
 
     reads = frozenset({"quant"})
     follows_original = False
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         quant = options["quant"]
@@ -69,8 +70,13 @@ class KeyValueCache:
 
         with watched(block.module, note):
             block.collect({})
-        for seen in (each for module in block.module.modules() for each in ranges.get(module, ())):
-            seen.merge()
+        modules = list(block.module.modules())
+        reached = parallel.highest(torch.tensor([int(module in ranges) for module in modules]))
+        for module in (modules[number] for number in reached.nonzero().flatten().tolist()):
+            for seen in ranges.setdefault(
+                module, _empty()
+            ):  # here no sample may have come by, unlike elsewhere
+                seen.merge()
         for name, module in block.module.named_modules():
             for role, seen in zip(ROLES, ranges.get(module, ()), strict=False):
                 stored = stored_name(block.source, f"{path}.{name}")

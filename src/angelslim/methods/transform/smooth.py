@@ -47,9 +47,8 @@ class Range:
     def merge(self) -> None:
         """Take in what the other processes of the run have seen."""
         self.amax = parallel.highest(self.amax)
-        if parallel.world() > 1 and self._each:
-            parts = parallel.spread(parallel.world() * [self.tokens.cpu])
-            self._kept = [part.to(self.amax.device) for part in parts]
+        if self._each:
+            self._kept = parallel.gathered(self.tokens)
 
     @property
     def tokens(self) -> Tensor:
@@ -62,7 +61,6 @@ class Smooth:
 
     reads = frozenset({"alpha"})
     follows_original = False
-    merges = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         given = options.get("alpha", 0.5)
@@ -85,7 +83,7 @@ class Smooth:
     def process(self, block: Block) -> None:
         """Smooth every group of the block that can be."""
         found = self.places.of(block)
-        each = 0 if self.alpha is not None else -(-SAMPLED // max(block.samples, 1))
+        each = 0 if self.alpha is not None else -(-SAMPLED // max(parallel.total_count(block.samples), 1))
         ranges = {place.head: Range(place.fold.width, each, block.device) for place in found}
         block.collect({head: seen.update for head, seen in ranges.items()})
         for seen in ranges.values():

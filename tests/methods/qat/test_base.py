@@ -31,6 +31,7 @@ from angelslim.numerics.lowbit.record import LowBit
 from .helpers import IN, NAMES, OUT, VARIANTS, inputs, linear, quantized, quantizer_of
 
 every = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=NAMES)
+ONE_EACH = list({(name, options.get("variant")): (name, options) for name, options in VARIANTS}.values())
 
 
 def test_every_quantizer_is_tried_here():
@@ -129,7 +130,7 @@ def test_recomputed_blocks_have_the_same_gradients(name, options):
     assert plain and all(torch.equal(plain[key], again[key]) for key in plain)
 
 
-@every
+@pytest.mark.parametrize(("name", "options"), ONE_EACH)
 def test_a_compiled_layer_computes_the_same(name, options):
     torch._dynamo.reset()
     layer = quantized(name, options, bias=True)
@@ -168,7 +169,9 @@ def test_a_few_steps_lower_the_loss(name, options):
         optimizer.step()
         losses.append(loss.item())
     set_progress(layer, steps, steps)
+    attached = layer.eval()(inputs())
     merge(layer)
+    assert (layer(inputs()) - attached).abs().max() < 1e-5
     after = (layer(inputs()) - teacher(inputs())).square().mean().item()
     first = quantized(name, options, bias=True)
     merge(first)
@@ -305,3 +308,13 @@ def test_state_survives_torchs_own_files():
     other = quantized("sherry", {"group_size": 16}, seed=3)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(inputs()), layer(inputs()))
+
+
+@every
+def test_a_model_cast_to_bfloat16_still_computes_in_float32(name, options):
+    narrow = quantized(name, options, bias=True).bfloat16()
+    assert narrow.weight.dtype == torch.bfloat16
+    narrow(inputs().bfloat16()).float().square().sum().backward()
+    assert master_weight(narrow).grad.isfinite().all()
+    attached = narrow.eval().weight
+    assert torch.equal(merge(narrow)[""].dequantize().bfloat16(), attached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from angelslim.base.errors import SchemeError
 from angelslim.numerics.lowbit.tiles import by_row, kept, shape_of, tiled
@@ -33,10 +34,21 @@ def test_a_group_that_does_not_fit_is_refused():
         tiled(WEIGHT, per_group(12))
 
 
-def test_kept_scales_are_numbers_of_the_stored_type():
-    scale = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 0.1
-    assert kept(scale, None) is scale
-    for dtype in (torch.float16, torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kept_scales_are_those_of_the_stored_type(dtype):
+    source = torch.Generator().manual_seed(1)
+    values = torch.randn(20000, generator=source) * 10.0 ** torch.randint(-7, 5, (20000,), generator=source)
+    ties = torch.arange(0, 4096).float() * (1 + 2.0**-11) * 2.0**-9
+    for scale in (values.clamp(-6e4, 6e4), ties, torch.tensor([0.0, 2.0**-14, 2.0**-24, 2.0**-25, 65504.0])):
         rounded = kept(scale, dtype)
-        assert rounded.dtype == torch.float32 and torch.equal(rounded.to(dtype).float(), rounded)
-        assert not torch.equal(rounded, scale)
+        assert rounded.dtype == torch.float32 and torch.equal(rounded, scale.to(dtype).float())
+    assert not torch.equal(kept(values, dtype), values)
+    assert kept(values, None) is values
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kept_scales_need_no_cast_that_a_compiler_could_drop(dtype):
+    graph = make_fx(lambda scale: kept(scale, dtype))(torch.rand(4, 1)).graph
+    types = {node.meta["val"].dtype for node in graph.nodes if "val" in node.meta}
+    types |= {node.meta["tensor_meta"].dtype for node in graph.nodes if "tensor_meta" in node.meta}
+    assert types and types <= {torch.float32, torch.int32, torch.bool}

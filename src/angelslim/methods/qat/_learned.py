@@ -103,7 +103,7 @@ class LearnedScale(Quantizer):
     def step(self) -> Tensor:
         """Return the scales as they will be stored, ``[down, across, 1]``; rounding them is the identity backward."""
         with torch.no_grad():
-            stored = kept(self.scale.clamp(min=SMALLEST), self.scale_type)
+            stored = kept(self.scale.float().clamp(min=SMALLEST), self.scale_type)
         return straight_through(self.scale, stored)[..., None]
 
     def shifted(self) -> Tensor | None:

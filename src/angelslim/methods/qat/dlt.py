@@ -40,7 +40,7 @@ class DualLearnable(LearnedScale):
     def shifted(self) -> Tensor:
         """Return the shifts as they will be stored."""
         with torch.no_grad():
-            stored = kept(self.shift, self.scale_type)
+            stored = kept(self.shift.float(), self.scale_type)
         return straight_through(self.shift, stored.clone())[..., None]
 
     def merged(self, weight: Tensor) -> LowBit:

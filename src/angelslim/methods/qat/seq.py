@@ -90,7 +90,7 @@ class StretchedElastic(Quantizer):
         """Return the levels."""
         values = Stretched.apply(  # type: ignore[no-untyped-call]
             self.tiles(weight),
-            self.scale[..., None],
+            self.scale.float()[..., None],
             self.levels,
             self.edge,
             self.scale_type,
@@ -102,7 +102,7 @@ class StretchedElastic(Quantizer):
         """Return codes and steps."""
         stretch = STRETCHES[self.levels]
         with torch.no_grad():
-            span = self.scale[..., None]
+            span = self.scale.float()[..., None]
             levels = stretched(self.tiles(weight), span, stretch)[1].view(weight.shape)
             first = stretch.lowest if self.levels == "seq2" else 0
             codes = (levels - stretch.offset - first).to(torch.int8)

@@ -22,6 +22,7 @@ from ..quantize import tile_of
 from ..scheme import Granularity
 
 GRANULARITIES = ("tensor", "channel", "group")
+_SPARE_BITS = {torch.float16: 13, torch.bfloat16: 16}  # of a float32 mantissa
 
 
 def shape_of(shape: tuple[int, int], granularity: Granularity) -> tuple[int, int, int]:
@@ -48,9 +49,22 @@ def by_row(per_tile: Tensor, rows: int) -> Tensor:
 
 
 def kept(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Round float32 scales to the type in which they will be stored, and return them in float32.
+    """Round float32 numbers to float16 or bfloat16, in which they will be stored, and return them in float32.
 
     Files hold scales in 16 bits. Rounding them while the model trains is what makes the exported weights the trained
-    ones. None leaves them as they are.
+    ones. None leaves them as they are. Numbers beyond the largest half (65504) are not meant.
+
+    It is written with the bits of the numbers, ties to even, since ``scale.to(dtype).float()`` does not survive a
+    compiler: torch.compile takes such a pair of casts for one that changes nothing, and trains other weights.
     """
-    return scale if dtype is None else scale.to(dtype).to(scale.dtype)
+    if dtype is None:
+        return scale
+    assert scale.dtype == torch.float32
+    spare = _SPARE_BITS[dtype]
+    bits = scale.view(torch.int32)
+    odd = (bits >> spare) & 1
+    rounded = ((bits + (1 << spare - 1) - 1 + odd) & -(1 << spare)).view(torch.float32)
+    if dtype == torch.float16:
+        # Below its smallest normal number half has equal steps.
+        return torch.where(scale.abs() < 2.0**-14, (scale * 2.0**24).round() * 2.0**-24, rounded)
+    return rounded

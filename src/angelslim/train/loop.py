@@ -12,6 +12,7 @@ saved, so a frozen teacher or target belongs in the closure of `loss_of`, not in
 
 What follows the progress of the training, such as a term that fades out, follows `on_step`: it is called before the
 forward pass of every optimizer step with that step's number, also after a restart, and so needs no state of its own.
+(Counting in ``forward`` would go wrong: accumulation and gradient checkpointing call it more than once a step.)
 
 Parameters are trained in their own dtype: load them in float32; `bf16` then computes in bfloat16 by autocast
 and keeps float32 masters.

@@ -38,6 +38,7 @@ LAYERS = {
     "serve": 5,
     "reopen": 5,
     "plan": 6,
+    "sweep": 6,
     "work": 6,
     "check": 6,
     "pipeline": 7,

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from angelslim.base import parallel
 from angelslim.base.errors import ConfigError
+from angelslim.numerics.distillation import Distillation
+from angelslim.teacher.live import own_masters
+from angelslim.teacher.objective import objective
 from angelslim.train import CHECKPOINT, TrainSettings, train, whole_weights
 from angelslim.train.sharding import shard
 from tiny import qwen3
 
 STEPS, KINDS = 5, ("ddp", "fsdp", "fsdp_resumed", "fsdp_then_ddp")
+QUANTIZED = ("ddp_quantized", "fsdp_quantized")
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -28,6 +36,55 @@ def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 def batch_at(index: int) -> torch.Tensor:
     return torch.randint(272, (2, 12), generator=torch.Generator().manual_seed(index))
+
+
+class Rounded(nn.Module):
+    """Fake quantization with a learned scale for each row, a term that fades, and a switch."""
+
+    on, fade = True, 1.0
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((rows, 1), 0.02))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if not Rounded.on:
+            return weight
+        codes = weight / self.scale
+        rounded = (codes + (codes.round() - codes).detach()) * self.scale
+        return rounded + 0.1 * Rounded.fade * weight
+
+
+@contextmanager
+def unquantized() -> Iterator[None]:
+    Rounded.on = False
+    try:
+        yield
+    finally:
+        Rounded.on = True
+
+
+def fade(step: int, steps: int) -> None:
+    Rounded.fade = 1 - step / steps
+
+
+def taught_at(index: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch_at(index), "labels": batch_at(index)}
+
+
+def go_quantized(folder: Path, accumulation: int, fsdp: bool) -> Any:
+    """The same with parametrized weights, taught by the student's own full-precision ones."""
+    model = qwen3(hidden_size=32, intermediate_size=48, head_dim=8)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.mlp.up_proj):
+            nn.utils.parametrize.register_parametrization(linear, "weight", Rounded(len(linear.weight)))
+    loss = objective(own_masters(model, unquantized), Distillation("cakld", lm_weight=0.5))
+    settings = TrainSettings(
+        STEPS, lr=1e-3, accumulation=accumulation, fsdp=fsdp, gradient_checkpointing=fsdp
+    )
+    records = train(model, taught_at, loss, settings, folder, on_step=fade, device="cpu")
+    assert isinstance(next(model.parameters()), DTensor) == (fsdp and parallel.world() > 1)
+    return [[r.loss, r.norm, r.metrics["kd"]] for r in records], whole_weights(model)
 
 
 def breaks(index: int) -> torch.Tensor:
@@ -46,13 +103,12 @@ def go(
     )  # fmt: skip
     model = qwen3(hidden_size=32, intermediate_size=48, head_dim=8)
     records = train(model, breaks if cut else batch_at, loss_of, settings, folder, device="cpu")
+    assert isinstance(next(model.parameters()), DTensor) == (fsdp and parallel.world() > 1)
     return [[r.loss, r.norm] for r in records], whole_weights(model)
 
 
 def worker(folder: Path) -> None:
     """What each of the two processes does."""
-    from angelslim.base import parallel
-
     torch.set_num_threads(1)
     parallel.start()
     for kind in KINDS:
@@ -61,12 +117,15 @@ def worker(folder: Path) -> None:
             with pytest.raises(InterruptedError):
                 go(folder / kind, 2, fsdp=True, cut=True)
             fsdp = kind == "fsdp_resumed"
-        records, weights = go(folder / kind, 2, fsdp, recompute=kind == "fsdp")
-        if parallel.first():
-            save_file(
-                {name: value.clone() for name, value in weights.items()}, folder / f"{kind}.safetensors"
-            )
-            (folder / f"{kind}.json").write_text(json.dumps(records))
+        keep(folder, kind, *go(folder / kind, 2, fsdp, recompute=kind == "fsdp"))
+    for kind in QUANTIZED:
+        keep(folder, kind, *go_quantized(folder / kind, 2, kind.startswith("fsdp")))
+
+
+def keep(folder: Path, kind: str, records: Any, weights: dict[str, torch.Tensor]) -> None:
+    if parallel.first():
+        save_file({name: value.clone() for name, value in weights.items()}, folder / f"{kind}.safetensors")
+        (folder / f"{kind}.json").write_text(json.dumps(records))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +150,14 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return go(tmp_path_factory.mktemp("one"), accumulation=4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one(kind: str, one: Any, two: Path) -> None:
-    records, weights = one
+@pytest.fixture(scope="module")
+def one_quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return go_quantized(tmp_path_factory.mktemp("one"), accumulation=4, fsdp=False)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *QUANTIZED])
+def test_two_processes_equal_one(kind: str, one: Any, one_quantized: Any, two: Path) -> None:
+    records, weights = one_quantized if kind in QUANTIZED else one
     found = json.loads((two / f"{kind}.json").read_text())
     assert torch.allclose(torch.tensor(found), torch.tensor(records), rtol=1e-5, atol=1e-5)
     stored = load_file(two / f"{kind}.safetensors")

@@ -49,6 +49,10 @@ class ResourceError(UserError):
     """Not enough disk, memory or devices."""
 
 
+class Diverged(ConfigError):
+    """A training ran away: its loss is no longer a number. A search of settings takes that as a result."""
+
+
 class MissingExtra(UserError):
     """An optional dependency is not installed."""
 

@@ -46,7 +46,7 @@ from ..base.errors import ConfigError
 Kind = Literal["lm", "kl", "rkl", "kd", "cakld", "kl_top", "rkl_top", "mse"]
 KINDS: tuple[str, ...] = get_args(Kind)
 IGNORED = -100  # the label of tokens that do not count
-CHUNK = {"cpu": 2**21, "cuda": 2**26}  # elements of logits that are worked on at once
+CHUNK = {"cpu": 2**21, "cuda": 2**24}  # elements of logits that are worked on at once
 
 
 class TopLogits(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..base.errors import ConfigError
+from ..base.errors import Diverged
 from .board import Board
 
 HISTORY = "steps.jsonl"
@@ -60,12 +60,12 @@ class History:
             self.flush()
 
     def flush(self) -> None:
-        """Read what waits and write it down; a loss that is no longer finite is a `ConfigError`."""
+        """Read what waits and write it down; a loss that is no longer finite is `Diverged`."""
         fresh = [_record(*row) for row in self._waiting]
         self._waiting = []
         for record in fresh:
             if not math.isfinite(record.loss):
-                raise ConfigError(
+                raise Diverged(
                     f"The loss is {record.loss} at step {record.step}.",
                     where=str(self.path),
                     fix="Lower the learning rate, lengthen the warm-up or clip the gradient, and start anew.",

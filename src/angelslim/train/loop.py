@@ -12,6 +12,7 @@ saved, so a frozen teacher or target belongs in the closure of `loss_of`, not in
 
 What follows the progress of the training, such as a term that fades out, follows `on_step`: it is called before the
 forward pass of every optimizer step with that step's number, also after a restart, and so needs no state of its own.
+(Counting in ``forward`` would go wrong: accumulation and gradient checkpointing call it more than once a step.)
 
 Parameters are trained in their own dtype: load them in float32; `bf16` then computes in bfloat16 by autocast
 and keeps float32 masters.
@@ -64,8 +65,8 @@ def train(
     pure function, and picklable where `workers` is not 0 and processes are spawned. `lr_of` scales the
     learning rate by a parameter's name (0 freezes it); parameters named in `undecayed` have no weight decay. `on_step(step, steps)` is called in every process before each
     step. `folder` holds the checkpoint and ``steps.jsonl``. With `fsdp` the model stays spread at the end;
-    `whole_weights` gathers it. A loss that is no longer finite is a `ConfigError`, as is a checkpoint made with
-    other settings.
+    `whole_weights` gathers it. A loss that is no longer finite is `Diverged`, a checkpoint made with other
+    settings a `ConfigError`.
     """
     accelerator = Accelerator(cpu=device == "cpu")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,129 @@
+"""A whole sweep: search, data volumes, the chosen recipe and the page. The same call continues a killed one.
+
+The folder afterwards::
+
+    chosen.yaml     the recipe: the best overrides, and the share of the data that is enough
+    sweep.json      every trial and every run, with their curves
+    sweep.html      the page
+    study.db, plan.json, volumes.json, trials/, volumes/     the state
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..base import console
+from ..base.errors import ConfigError, Diverged
+from ..config.files import write_yaml
+from ..models.checkpoint import write_atomically
+from ..report.sweep import Sweep, VolumeRun, sweep_html
+from .space import Plan
+from .study import Budget, Objective, best, search
+
+CHOSEN, RESULT, PAGE = "chosen.yaml", "sweep.json", "sweep.html"
+
+
+def run(
+    plan: Plan,
+    objective: Objective,
+    folder: Path,
+    *,
+    base: str | None = None,
+    share_key: str | None = None,
+    title: str = "sweep",
+) -> Sweep:
+    """Search, try the volumes and write the results.
+
+    `base` is the recipe that the overrides change, `share_key` the override that sets the share of the data; both
+    go into ``chosen.yaml``. A folder that was begun with another search is a `ConfigError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_plan(plan, folder / "plan.json")
+    trials = search(plan, objective, folder)
+    winner = best(trials)
+    runs = _volumes(plan, winner.overrides, objective, folder)
+    share, why = _enough(plan, runs)
+    console.chose(f"{share:.0%} of the data", why)
+    knobs = {name: knob.kind for name, knob in plan.search.items()}
+    found = Sweep(title, knobs, trials, runs, winner.number, share, why)
+    write_atomically(folder / RESULT, json.dumps(asdict(found), indent=1).encode())
+    write_atomically(folder / CHOSEN, chosen_recipe(found, base, share_key).encode())
+    write_atomically(folder / PAGE, sweep_html(found).encode())
+    return found
+
+
+def _same_plan(plan: Plan, path: Path) -> None:
+    now = json.loads(json.dumps(plan.identity()))
+    if not path.is_file():
+        write_atomically(path, json.dumps(now, indent=1).encode())
+    elif json.loads(path.read_text("utf-8")) != now:
+        raise ConfigError(
+            "The folder holds a sweep of another plan.",
+            where=str(path.parent),
+            fix="Name another folder or remove it.",
+        )
+
+
+def _volumes(plan: Plan, overrides: dict[str, Any], objective: Objective, folder: Path) -> list[VolumeRun]:
+    """Train the winner on every share of the data with every seed; finished runs are kept in ``volumes.json``."""
+    path = folder / "volumes.json"
+    kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found = []
+    for share in plan.volumes:
+        for seed in range(plan.seed, plan.seed + plan.seeds):
+            name = json.dumps([overrides, share, seed], sort_keys=True)
+            if name not in kept:
+                number = f"{len(kept):03d}"
+                kept[name] = _losses(objective(overrides, Budget(share, seed, folder / "volumes" / number)))
+                write_atomically(path, json.dumps(kept, indent=1).encode())
+            found.append(VolumeRun(share, seed, {int(step): loss for step, loss in kept[name]}))
+    return found
+
+
+def _losses(pairs: Any) -> list[tuple[int, float]]:
+    """Return a training's dev losses; none when it diverged."""
+    found: list[tuple[int, float]] = []
+    try:
+        for step, loss in pairs:
+            if not math.isfinite(loss):
+                return []
+            found.append((step, float(loss)))
+    except Diverged:
+        return []
+    return found
+
+
+def _enough(plan: Plan, runs: list[VolumeRun]) -> tuple[float, str]:
+    """Choose the smallest share whose mean dev loss is within the tolerance of the best one."""
+    means = {}
+    for share in plan.volumes:
+        losses = [run.loss for run in runs if run.share == share]
+        if all(loss is not None for loss in losses):
+            means[share] = sum(loss for loss in losses if loss is not None) / len(losses)
+    if not means:
+        raise ConfigError(
+            "The best trial diverged at every volume.", fix="Lower the learning rates of the search."
+        )
+    lowest = min(means.values())
+    share = min(s for s, mean in means.items() if mean <= lowest + plan.tolerance * abs(lowest))
+    return share, f"its dev loss {means[share]:.4f} is within {plan.tolerance:.1%} of the best, {lowest:.4f}"
+
+
+def chosen_recipe(found: Sweep, base: str | None, share_key: str | None) -> str:
+    """Write the chosen overrides as a recipe."""
+    overrides = dict(found.trials[found.chosen].overrides)
+    if share_key is not None:
+        overrides[share_key] = found.share
+    recipe: dict[str, Any] = {} if base is None else {"extends": base}
+    for path, value in overrides.items():
+        *sections, key = path.split(".")
+        place = recipe
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    head = f"# Trial {found.chosen} of {len(found.trials)}; {found.share:.0%} of the data: {found.why}.\n"
+    return head + write_yaml(recipe)

@@ -141,7 +141,7 @@ def lengths(before: Sequence[int], after: Sequence[int]) -> str:
     bins = max(len(before), len(after), 1)
     left, right, top, bottom = 56.0, 700.0, 10.0, 180.0
     marks = Marks(712, 226)
-    most = max(*before, *after, 1)
+    most = max([*before, *after, 1])
     edges = [left + (right - left) * place / bins for place in range(bins + 1)]
 
     def heights(counts: Sequence[int]) -> list[float]:

@@ -88,7 +88,7 @@ class StageResult:
 
 @dataclass
 class CurationReport:
-    """The whole run. Histograms count documents by length: entry ``i`` has ``2^i .. 2^(i+1) - 1`` characters."""
+    """The whole run. Histograms count documents with text by length: entry ``i`` has ``2^i .. 2^(i+1) - 1`` characters."""
 
     fingerprint: str
     recipe: dict[str, Any]

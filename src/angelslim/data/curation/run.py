@@ -183,7 +183,7 @@ def _step(
     flow, each = flows(plan.names, sources, state, after)
     result = StageResult(name, options, flow, each, ledger.dropped, ledger.changed, ledger.notes)
     workplace.save(stem, ledger, result, older=spool if stage.changes else None)
-    console.log.info("%s: %s of %s documents", name, f"{flow.documents_out:,}", f"{flow.documents_in:,}")
+    console.log.info("%s: %s documents in, %s out", name, f"{flow.documents_in:,}", f"{flow.documents_out:,}")
     return after, result
 
 

@@ -79,7 +79,7 @@ class Sample:
             return 0.0
         # Of runs that are equally frequent the longest counts, so the order of words decides nothing.
         count, length = max((count, sum(map(len, run))) for run, count in runs.items())
-        return count * length / max(sum(map(len, self.words)), 1) if count > 1 else 0.0
+        return min(count * length / sum(map(len, self.words)), 1.0) if count > 1 else 0.0  # runs may overlap
 
     def repeated_ngrams(self) -> float:
         """Return the share of words that lie in a long run of words which occurred before."""

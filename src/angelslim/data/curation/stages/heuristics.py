@@ -8,6 +8,7 @@ is dropped for the first rule it breaks, in the order of the options. The defaul
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -53,16 +54,19 @@ class Sample:
     def __init__(self, text: str, options: Options) -> None:
         self.text, self.options = text, options
         self.words = words(text)
-        self.solid = max(sum(not character.isspace() for character in text), 1)
+        self.characters = Counter(text)
+        self.solid = max(self._count(lambda c: not c.isspace()), 1)
+
+    def _count(self, kind: Callable[[str], bool]) -> int:
+        return sum(count for character, count in self.characters.items() if kind(character))
 
     def symbols(self) -> float:
-        """Return the share of symbols; letters' combining marks (Mn, Mc) are none, for many scripts need them."""
-        kinds = sum(not (c.isalnum() or c.isspace()) and not _is_mark(c) for c in self.text)
-        return kinds / self.solid
+        """Return the share of symbols; letters' combining marks are none, for many scripts need them."""
+        return self._count(_is_symbol) / self.solid
 
     def digits(self) -> float:
         """Return the share of digits."""
-        return sum(c.isdigit() for c in self.text) / self.solid
+        return self._count(str.isdigit) / self.solid
 
     def repeated_lines(self) -> float:
         """Return the share of characters in lines that occurred above."""
@@ -104,10 +108,8 @@ class Sample:
         return sum(map(len, found)) / max(len(found), 1) if len(self.words) <= 2 * len(found) else 0.0
 
 
-def _is_mark(character: str) -> bool:
-    import unicodedata
-
-    return unicodedata.category(character)[0] == "M"
+def _is_symbol(character: str) -> bool:
+    return not (character.isalnum() or character.isspace() or unicodedata.category(character)[0] == "M")
 
 
 def _runs(found: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:

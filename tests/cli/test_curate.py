@@ -50,3 +50,11 @@ def test_mistakes_are_one_line_and_status_two(
 def test_a_missing_recipe_is_told(cli, tmp_path: Path) -> None:
     outcome = cli("curate", tmp_path / "none.yaml", "--out", tmp_path / "set")
     assert outcome.code == 2 and "There is no such file" in outcome.err
+
+
+def test_validate_knows_curation_recipes(cli, recipe: Path) -> None:
+    good = cli("validate", recipe)
+    assert good.code == 0 and "(curation: exact)" in good.out
+    recipe.write_text(recipe.read_text().replace("[exact]", "[{fuzzy: {threshold: 7}}]"))
+    wrong = cli("validate", recipe)
+    assert wrong.code == 2 and "threshold is 7" in wrong.out

@@ -74,6 +74,14 @@ class Curation(Section):
         return [next(iter(entry.items())) for entry in self.stages]
 
 
+def is_curation(path: Path) -> bool:
+    """Say whether a file speaks this dialect; one that cannot be read does not."""
+    try:
+        return bool({"sources", "stages"} & set(read_yaml(path)))
+    except ConfigError:
+        return False
+
+
 def load_curation(path: Path) -> Curation:
     """Read a recipe; every problem of its frame at once is one `ConfigError`."""
     config = checked(Curation, read_yaml(path), str(path))

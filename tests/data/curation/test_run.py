@@ -170,6 +170,18 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, CurationReport, Path
     assert digests(out) == before
 
 
+def test_what_a_kill_after_the_last_step_left_is_cleared(
+    finished: tuple[Path, CurationReport, Path], tmp_path: Path
+) -> None:
+    path, _, _ = finished
+    curate(path, tmp_path / "out")
+    mark = CurationReport.from_json((tmp_path / "out" / "report.json").read_text()).fingerprint
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "job.json").write_text(json.dumps({"fingerprint": mark}))
+    curate(path, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def _killed(path: Path, out: Path, after: int, during: str) -> None:
     """Run, and kill this process at the `after`-th commit: before it, after it, or while the shards are written."""
     seen = 0

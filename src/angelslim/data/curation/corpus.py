@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...base.errors import DataError
 from ...config.curation import Source
-from ..records import Record, read_records
+from ..records import SUFFIXES, Record, read_records
 from .base import Document
 from .results import Sizes
 from .texts import changed_record
@@ -45,7 +45,8 @@ def resolve(sources: Sequence[Source], where: str) -> list[SourceFiles]:
                 raise DataError(f"No file matches {pattern!r}.", where=place, fix=fix)
             paths += files
         for path in paths:
-            next(read_records(path), None)  # a missing file is told now, not hours later
+            if not Path(path).is_file() or Path(path).suffix not in SUFFIXES:
+                next(read_records(path), None)  # says what is wrong with it now, not hours later
         found.append(SourceFiles(source.name, tuple(paths)))
     return found
 

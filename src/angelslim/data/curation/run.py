@@ -21,6 +21,7 @@ from ...base import console
 from ...base.errors import ConfigError, DataError, ResourceError, UserError
 from ...base.files import write_atomically
 from ...config.curation import Curation, checked, load_curation
+from ...config.fields import Section
 from ...config.files import write_yaml
 from .base import STAGES, Context, Stage
 from .corpus import Corpus, SourceFiles, read_sources, resolve
@@ -50,24 +51,31 @@ class Plan:
         return [source.name for source in self.sources]
 
 
-def prepare(recipe: Path, workplace: Workplace) -> Plan:
-    """Read and check the whole recipe; what cannot work is refused here."""
+def checked_steps(recipe: Path) -> tuple[Curation, list[tuple[str, Section, str]]]:
+    """Read a recipe and check every stage's options: the recipe, and each stage's name, options and place."""
     config = load_curation(recipe)
-    names = [source.name for source in config.sources]
-    stages: list[tuple[str, dict[str, Any], Stage]] = []
-    steps = config.steps()
-    for number, (name, raw) in enumerate(steps, start=1):
+    given = config.steps()
+    steps: list[tuple[str, Section, str]] = []
+    for number, (name, raw) in enumerate(given, start=1):
         kind = STAGES.get(name)
         where = f"{recipe}, stage {number} ({name})"
-        options = checked(kind.section, raw, where)
-        if kind.last and number < len(steps):
+        if kind.last and number < len(given):
+            fix = "Move it to the end."
             raise ConfigError(
-                "No stage can follow this one: it chooses among what is left.",
-                where=where,
-                fix="Move it to the end.",
+                "No stage can follow this one: it chooses among what is left.", where=where, fix=fix
             )
+        steps.append((name, checked(kind.section, raw, where), where))
+    return config, steps
+
+
+def prepare(recipe: Path, workplace: Workplace) -> Plan:
+    """Make every stage and find every file; what cannot work is refused here."""
+    config, steps = checked_steps(recipe)
+    names = [source.name for source in config.sources]
+    stages: list[tuple[str, dict[str, Any], Stage]] = []
+    for number, (name, options, where) in enumerate(steps, start=1):
         stem = f"{number:02d}-{name}"
-        stage = kind(options, Context(where, config.seed, names, workplace.kept / stem))
+        stage = STAGES.get(name)(options, Context(where, config.seed, names, workplace.kept / stem))
         stages.append((stem, options.model_dump(mode="json"), stage))
     sources = resolve(config.sources, str(recipe))
     files = [path for source in sources for path in source.paths]
@@ -91,6 +99,7 @@ def curate(
     plan = prepare(recipe, workplace)
     done = finished(out, plan.mark, overwrite)
     if done is not None:
+        workplace.clear(plan.mark)
         console.log.info("%s is this curated set already; nothing to do.", out)
         return done
     try:

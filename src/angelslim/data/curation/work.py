@@ -61,6 +61,12 @@ class Workplace:
         write_atomically(job, json.dumps({"fingerprint": fingerprint}).encode())
         return False
 
+    def clear(self, mark: str) -> None:
+        """Remove what a run left that was killed after its result had got its name."""
+        job = self.root / "job.json"
+        if job.exists() and json.loads(job.read_text("utf-8"))["fingerprint"] == mark:
+            shutil.rmtree(self.root)
+
     def save_reading(
         self, sources: NDArray[np.uint16], state: tuple[Sizes, Sizes], result: StageResult
     ) -> None:

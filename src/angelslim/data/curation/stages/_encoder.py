@@ -70,9 +70,14 @@ class Encoder:
         if self.model.config.pad_token_id is None:  # a classifier on a decoder finds the last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Floats:
         """Return ``[texts, labels]`` probabilities, or ``[texts, hidden]`` mean-pooled states."""
+        if self.tokenizer.pad_token_id is None:  # nothing to pad with
+            return np.concatenate([self._batch([text]) for text in texts])
+        return self._batch(texts)
+
+    @torch.inference_mode()
+    def _batch(self, texts: Sequence[str]) -> Floats:
         batch = self.tokenizer(
             list(texts), padding=len(texts) > 1, truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.model.device)

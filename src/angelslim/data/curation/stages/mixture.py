@@ -148,7 +148,7 @@ def mix(
     for s in range(count):
         for kind in (0, 1):
             members = np.flatnonzero((source == s) & (long == bool(kind)))
-            times[members] = draw(size[members], parts[s, kind], rng)
+            times[members] = np.minimum(draw(size[members], parts[s, kind], rng), most)
     if not times.any():
         raise DataError(
             f"The budget of {budget:,} {unit} is smaller than any document.",
@@ -183,7 +183,7 @@ def draw(sizes: Sizes, target: float, rng: np.random.Generator) -> Sizes:
     total = int(sizes.sum())
     if not total:
         return np.zeros(len(sizes), dtype=np.int64)
-    goal = int(target + 1e-6 * total)  # a share computed in floating point may lie a hair below the whole
+    goal = int(target + 1e-9 * total)  # a share computed in floating point may lie a hair below the whole
     times = np.full(len(sizes), goal // total, dtype=np.int64)
     order = rng.permutation(len(sizes))
     filled = np.cumsum(sizes[order])

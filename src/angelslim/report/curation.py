@@ -139,7 +139,7 @@ def _reason(name: str, reason: Reason) -> dict[str, Any]:
 def lengths(before: Sequence[int], after: Sequence[int]) -> str:
     """Draw the two histograms of length over powers of two: before filled, after as a line."""
     bins = max(len(before), len(after), 1)
-    left, right, top, bottom = 56.0, 700.0, 10.0, 180.0
+    left, right, top, bottom = 64.0, 664.0, 10.0, 180.0
     marks = Marks(712, 226)
     most = max([*before, *after, 1])
     edges = [left + (right - left) * place / bins for place in range(bins + 1)]

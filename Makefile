@@ -33,9 +33,9 @@ $(ENV_STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "env: installing $(TORCH) (first, so that nothing later picks another build)"
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH)
-	@echo "env: installing angelslim with its development, docs and evaluation extras"
+	@echo "env: installing angelslim with its development, docs, evaluation and curation extras"
 	$(BIN)/python -m pip freeze --disable-pip-version-check | grep -iE '^torch==' > .venv/torch.txt
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint .venv/torch.txt -e '.[dev,docs,eval]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint .venv/torch.txt -e '.[dev,docs,eval,curate]'
 	touch $@
 
 engines: $(ENGINE_STAMP) ## Make .venv-vllm with the stock vLLM that judges our checkpoints

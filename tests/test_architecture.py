@@ -15,6 +15,7 @@ import pytest
 
 from angelslim.config.recipe import load, recipes
 from angelslim.config.upstream import METHODS, stages
+from angelslim.data.curation.base import STAGES
 from angelslim.export.base import FORMATS
 from angelslim.methods.base import PTQ, QAT
 
@@ -257,10 +258,15 @@ def test_recipes_load_and_are_documented() -> None:
         assert f"`{name}`" in text, f"the recipe {name} is in no page of docs/"
 
 
-@pytest.mark.parametrize("kind", ["method", "quantizer", "format"])
+@pytest.mark.parametrize("kind", ["method", "quantizer", "format", "stage"])
 def test_entries_have_page_and_test(kind: str) -> None:
-    kinds = {"method": (PTQ, "methods"), "quantizer": (QAT, "methods"), "format": (FORMATS, "export")}
-    registry, folder = kinds[kind]
+    places = {
+        "method": (PTQ, "methods"),
+        "quantizer": (QAT, "methods"),
+        "format": (FORMATS, "export"),
+        "stage": (STAGES, "data"),
+    }
+    registry, folder = places[kind]
     text, tests = documentation(), {path.stem for path in (ROOT / "tests" / folder).rglob("test_*.py")}
     for name in registry:
         assert f"`{name}`" in text, f"the {kind} {name} is in no page of docs/"

@@ -128,3 +128,18 @@ def test_a_hub_data_set_outside_the_cache_says_how_to_fetch_it(hub: Hub) -> None
     with pytest.raises(DataError, match=r"load_dataset\('owner/name', 'large'\)"):
         list(read_records("owner/name,large"))
     assert hub.config.HF_HUB_OFFLINE is False
+
+
+def test_parquet_is_read_row_by_row_whatever_the_file_is_called(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "part[1].parquet"
+    datasets.Dataset.from_list([{"text": f"row {number}"} for number in range(5)]).to_parquet(str(path))
+    rows = read_records(path)
+    assert next(rows) == "row 0"
+    assert list(rows) == [f"row {number}" for number in range(1, 5)]
+
+
+def test_a_damaged_parquet_file_is_named(write: Any) -> None:
+    with pytest.raises(DataError, match=r"broken\.parquet: Not a parquet file"):
+        list(read_records(write("broken.parquet", "PAR1 and nothing more")))

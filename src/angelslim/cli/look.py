@@ -6,12 +6,15 @@ import json
 import platform
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base import console
-from ..base.errors import EXIT_CODE, ConfigError
+from ..base.errors import EXIT_CODE, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from ..config.validate import Report
 
 GROUP = "Look"
 
@@ -56,9 +59,7 @@ def validate(
     files: Annotated[list[str], typer.Argument(help="YAML files, or recipe names.", metavar="FILE...")],
 ) -> None:
     """Check configuration files of any dialect; the exit status is 2 when one is wrong."""
-    from ..config.validate import validate_file
-
-    reports = [validate_file(file) for file in files]
+    reports = [_validated(file) for file in files]
     for report in reports:
         mark = "ok" if report.ok else "wrong"
         asks = "; ".join(report.asks_for)
@@ -76,16 +77,38 @@ def validate(
         raise typer.Exit(EXIT_CODE)
 
 
+def _validated(file: str) -> Report:
+    """Check one file; the options of a curation's stages are known to the stages alone."""
+    from ..config.curation import is_curation
+    from ..config.validate import Report, validate_file
+
+    if not is_curation(Path(file)):
+        return validate_file(file)
+    from ..data.curation.run import checked_steps
+
+    try:
+        _, steps = checked_steps(Path(file))
+    except UserError as error:
+        return Report(file, "curation", errors=[str(error)])
+    return Report(file, "curation", asks_for=[name for name, _, _ in steps])
+
+
 def ls() -> None:
-    """List the recipes, methods, checkpoint formats, built-in models and tasks."""
+    """List the recipes, methods, checkpoint formats, curation stages, built-in models and tasks."""
     from ..config.recipe import recipes
     from ..data.builtin import TASKS
+    from ..data.curation.base import STAGES
     from ..export.base import FILES, FORMATS
     from ..methods.base import PTQ
     from ..models.builtin import BUILTIN
 
     console.out.print(console.table("Recipes", ["name", "what for"], list(recipes().items())))
-    for title, registry in (("Methods", PTQ), ("Formats", FORMATS), ("Files, made by export", FILES)):
+    for title, registry in (
+        ("Methods", PTQ),
+        ("Formats", FORMATS),
+        ("Files, made by export", FILES),
+        ("Curation stages", STAGES),
+    ):
         rows = [(name, registry.summary(name)) for name in registry]
         console.out.print(console.table(title, ["name", "summary"], rows))
     console.out.print(f"Built-in models: {', '.join(BUILTIN)}   Tasks: {', '.join(TASKS)}")

@@ -73,7 +73,8 @@ def parse_size(value: object) -> int:
     return size
 
 
-def _not_a_truth_value(value: object) -> object:
+def not_a_truth_value(value: object) -> object:
+    """Refuse true and false where a number is meant; Python takes them for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     return value
@@ -94,10 +95,10 @@ def _hyphens(value: object) -> object:
     return value.replace("_", "-") if isinstance(value, str) else value
 
 
-Int = Annotated[int, BeforeValidator(_not_a_truth_value)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_not_a_truth_value)]
-Number = Annotated[float, BeforeValidator(_not_a_truth_value)]
-Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_not_a_truth_value)]
+Int = Annotated[int, BeforeValidator(not_a_truth_value)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(not_a_truth_value)]
+Number = Annotated[float, BeforeValidator(not_a_truth_value)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(not_a_truth_value)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Word = Annotated[str, BeforeValidator(_word)]
 Words = Annotated[list[str], BeforeValidator(_listed)]

@@ -13,6 +13,7 @@ A ``.txt`` or ``.md`` file is one text. Everything else is a `DataError` that na
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterator
@@ -144,9 +145,16 @@ def _datasets(purpose: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    datasets = _datasets("Reading a .parquet file")
-    for index, row in enumerate(datasets.Dataset.from_parquet(str(path), keep_in_memory=True)):
-        yield to_record(row, f"{path}, row {index}")
+    _datasets("Reading a .parquet file")
+    from datasets.io.parquet import ParquetDatasetReader
+
+    try:  # streamed row by row; the reader takes patterns, and a name may look like one
+        rows = enumerate(ParquetDatasetReader(glob.escape(str(path)), streaming=True).read())
+        yield from (to_record(row, f"{path}, row {index}") for index, row in rows)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        fix = "Write the file again, or give the data as .jsonl."
+        raise DataError(f"Not a parquet file that can be read: {reason}", where=str(path), fix=fix) from error
 
 
 def _read_hub(name: str) -> Iterator[Record]:

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..base.errors import ModelError
+from ..base.files import write_atomically as write_atomically
 from ..numerics.quantize import Quantized
 from ..numerics.scheme import Quant
 
@@ -213,16 +214,6 @@ def _tensor_info(name: str, entry: dict[str, Any], file: Path, start: int) -> Te
             f"{file}: tensor {name!r} has a shape that does not match its bytes.", fix="Copy it again."
         )
     return TensorInfo(name, dtype, tuple(entry["shape"]), file, start + low, high - low)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent, old or complete, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 class UnitWriter:

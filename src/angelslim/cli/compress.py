@@ -17,6 +17,7 @@ from ..base.memory import collector_paused
 if TYPE_CHECKING:
     from ..job import Job
     from ..plan import Plan
+    from ..training.job import TrainingJob
 
 GROUP = "Compress"
 Recipe = Annotated[
@@ -76,7 +77,7 @@ def run(
         from .. import engine
         from ..report.summary import layers_table, results_table
 
-        job = prepared_job(recipe, rest, seed)
+        job = prepared(recipe, rest, seed)
     target = out or Path(job.config.global_.save_path) / f"{Path(job.source.name).name}-{job.name}"
     record = engine.carry_out(
         job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite
@@ -97,9 +98,14 @@ def plan(
 ) -> None:
     """Say what a run would do and cost, and start nothing."""
     with collector_paused():
+        from ..job import Job
         from ..plan import estimate
 
-        found = estimate(prepared_job(recipe, rest, seed))
+        job = prepared(recipe, rest, seed)
+        if not isinstance(job, Job):
+            _plan_training(job, json)
+            return
+        found = estimate(job)
     if json:
         typer.echo(found.to_json())
         return
@@ -125,6 +131,16 @@ def quickstart(
 
 
 def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
+    """Return the job of `prepared`, which must not be one that trains."""
+    from ..job import Job
+
+    job = prepared(recipe, rest, seed)
+    if not isinstance(job, Job):
+        raise ConfigError("The recipe trains.", fix="Name a recipe of post-training quantization.")
+    return job
+
+
+def prepared(recipe: str, rest: list[str] | None, seed: int | None) -> Job | TrainingJob:
     """Return the job that a recipe, a model and overrides ask for, as the command line spells them."""
     from ..config.recipe import load
     from ..engine import prepare_any
@@ -142,6 +158,16 @@ def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
     for warning in resolved.warnings:
         console.log.warning("%s", warning)
     return prepare_any(resolved, model)
+
+
+def _plan_training(job: TrainingJob, json: bool) -> None:
+    from ..training.plan import estimate
+
+    found = estimate(job)
+    if json:
+        typer.echo(found.to_json())
+        return
+    console.out.print(console.table("Plan", ["", ""], found.rows()))
 
 
 def _print_plan(found: Plan) -> None:

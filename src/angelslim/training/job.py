@@ -132,7 +132,13 @@ class TrainingJob:
         data = Path(self.config.dataset.data_path or "").expanduser()
         files += [data] if data.is_file() else []
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        parts: list[Any] = [settings, stats, str(self.source.folder.resolve()), asdict(self.settings), __version__]
+        parts: list[Any] = [
+            settings,
+            stats,
+            str(self.source.folder.resolve()),
+            asdict(self.settings),
+            __version__,
+        ]
         parts += [torch.__version__, self.device.type, parallel.world()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -37,7 +37,6 @@ from ..teacher.live import Teacher, frozen_copy, open_teacher, own_masters
 from ..teacher.objective import objective
 from ..teacher.stored import StoredTeacher
 from ..teacher.vocabulary import vocabulary_of
-
 from ..train import StepRecord, TrainSettings, train, whole_weights
 from ..train.batches import BatchAt
 from ..work import tokenizer_of

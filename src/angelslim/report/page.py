@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..numerics.error import LayerRecord
-from . import experts, plots, words
+from . import experts, plots, training, words
 from .heat import share
 from .layers import worst
 from .record import RunRecord
@@ -136,6 +136,7 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         "reached": any(layer.output_error is not None for layer in record.layers),
         "noted": any(layer.note or layer.choice for layer in record.layers),
         "experts": experts.section(record.experts),
+        "training": training.section(record.training),
         "layers": [_layer(layer) for layer in record.layers],
         "skipped": sorted(record.skipped.items()),
         "command": record.command or "The command was not recorded.",

@@ -69,7 +69,10 @@ def undecayed(model: nn.Module) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training leaves: quantized layers by module path, and every other tensor of the checkpoint that moved."""
+    """What training leaves: quantized layers by module path, and the checkpoint's other tensors.
+
+    The weights of quantized layers are not among those: what is said of their codes compares them with the original's.
+    """
 
     layers: dict[str, Quantized]
     tensors: dict[str, Tensor]  # checkpoint tensor -> float32 value
@@ -85,7 +88,8 @@ def finish(model: nn.Module, job: TrainingJob) -> Outcome:
         if isinstance(record, LowBit) and record.bias is not None and name not in biased:
             notes[name] = NO_BIAS.format(record.bias.abs().max().item())
     layers = {name: _plain(record) for name, record in merged.items()}
-    state = {name: value.detach() for name, value in model.state_dict().items()}
+    replaced = {f"{name}.weight" for name in merged}
+    state = {name: value.detach() for name, value in model.state_dict().items() if name not in replaced}
     tensors = {
         tensor: state[target.parameter].float()
         for tensor, target in job.source.targets.items()

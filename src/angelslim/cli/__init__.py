@@ -1,4 +1,4 @@
-"""Layer 9: the command line. One file for each group of commands; heavy imports wait inside the commands.
+"""Layer 10: the command line. One file for each group of commands; heavy imports wait inside the commands.
 
 A `UserError` prints as one line and exits with status 2; ``--debug`` shows the traceback.
 """

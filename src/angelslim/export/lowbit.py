@@ -145,7 +145,7 @@ class LowBitLayout:
             codes = decode34(unpack_bits(packed, 5, columns // 4))
         else:
             codes = unpack_bits(packed, grid.bits, columns).to(torch.int8) + int(grid.low)
-        weight = Quantized(codes, tensors[f"{name}.weight_scale"].float(), None, scheme.weight)
+        weight = Quantized(codes, tensors[f"{name}.weight_scale"], None, scheme.weight)
         return Restored(weight, scheme, None)
 
 

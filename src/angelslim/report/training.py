@@ -55,7 +55,10 @@ def _facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Loss", training["loss"]),
         ("Teacher", training["teacher"]),
         ("Learning rate", f"{settings['lr']:g}, {settings['schedule']}, warm-up {settings['warmup']} steps"),
-        ("Data", f"{training['tokens_once']:,} tokens, read {training['tokens'] / training['tokens_once']:.2f} times"),
+        (
+            "Data",
+            f"{training['tokens_once']:,} tokens, read {training['tokens'] / training['tokens_once']:.2f} times",
+        ),
     ]
 
 
@@ -74,7 +77,10 @@ def _losses(steps: Sequence[Mapping[str, Any]]) -> str:
         return ""
     at, values = [step["step"] for step in steps], [step["loss"] for step in steps]
     width = max(round(SMOOTH * len(values)), 1)
-    smooth = [sum(part) / len(part) for part in (values[max(i - width, 0) : i + width + 1] for i in range(len(values)))]
+    smooth = [
+        sum(part) / len(part)
+        for part in (values[max(i - width, 0) : i + width + 1] for i in range(len(values)))
+    ]
     with canvas(520, 260) as (figure, axes):
         _axes(axes, "loss")
         axes.plot(at, values, color=BEFORE, linewidth=1)
@@ -88,7 +94,11 @@ def _held_back(looks: Sequence[Mapping[str, Any]]) -> str:
     with canvas(520, 260) as (figure, axes):
         _axes(axes, "nats a token")
         axes.plot(
-            [look["step"] for look in looks], [look["dev_loss"] for look in looks], "o-", color=AFTER, markersize=5
+            [look["step"] for look in looks],
+            [look["dev_loss"] for look in looks],
+            "o-",
+            color=AFTER,
+            markersize=5,
         )
         return to_svg(figure, "Held-back loss by step")
 
@@ -120,6 +130,10 @@ def _ridges(looks: Sequence[Mapping[str, Any]], name: str) -> str:
         marks.line(line, "after" if place_ == len(shown) - 1 else "before", 1.4)
         marks.text(left - 8, floor, f"{look['step']:,}", "muted", size=11, anchor="end")
     edge = shown[0]["edges"][name]
-    for x, value, anchor in ((left, -edge, "start"), ((left + right) / 2, 0.0, "middle"), (right, edge, "end")):
+    for x, value, anchor in (
+        (left, -edge, "start"),
+        ((left + right) / 2, 0.0, "middle"),
+        (right, edge, "end"),
+    ):
         marks.text(x, height - 8, f"{value:.3g}", "muted", size=11, anchor=anchor)
     return marks.svg(f"Weights of {name} by step")

@@ -222,7 +222,8 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
         if name == "sherry" and (given.pop("M", 4), given.pop("N", 3)) != (4, 3):
             raise ConfigError("Sherry keeps 3 of 4 weights.", fix="Set M: 4 and N: 3, or leave them out.")
         bits = given.pop("w_bits", None)
-        options = {**given, **(given.pop("options", None) or {})}
+        options = given.pop("options", None) or {}
+        options = {**given, **options}
         if bits is not None and "bits" in QUANTIZERS.get(name).reads:
             options.setdefault("bits", "ternary" if bits < 2 else int(bits))
         return name, options, None

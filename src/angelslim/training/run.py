@@ -230,7 +230,7 @@ def _training_record(
         "trainable": job.trainable,
         "tokens": tokens,
         "tokens_once": data.rows.tokens,
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "betas": list(settings.betas)},
         "steps": [asdict(step) for step in kept],
         "looks": [asdict(look) for look in progress.looks],
     }

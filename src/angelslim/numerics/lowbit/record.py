@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import SchemeError
-from ..quantize import Quantized
+from ..quantize import SCALE_TYPES, Quantized
 from ..scheme import PER_CHANNEL, Quant, ScaleKind, format_named, per_group
 from .sparse34 import is_encodable
 
@@ -78,9 +78,9 @@ class LowBit:
         if name == "ternary" and is_encodable(self.codes):
             name = "ternary34"
         codes = self.codes - 2 if name == "seq2" else self.codes
-        return Quantized(
-            codes, self.scale.float(), None, Quant(format_named(name), grain, scale=self.scale_kind)
-        )
+        kind = self.scale_kind
+        scale = self.scale.to(SCALE_TYPES.get(kind, torch.float32))
+        return Quantized(codes, scale, None, Quant(format_named(name), grain, scale=kind))
 
     @property
     def scale_kind(self) -> ScaleKind:

@@ -16,6 +16,7 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS + _REST: "qwen2", _WORDS + "{1,3}" + _REST: "llama-bpe"}  # they differ in runs of digits
 GPT2 = "gpt-2"  # the split that ByteLevel does by itself
+NO_MERGE = "\u2400 \u2400"  # no byte looks like this; llama.cpp refuses a file without any merge
 
 
 def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
@@ -54,6 +55,7 @@ def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=bool(model.get("merges")), n_vocab=size)
+    special.merges = special.merges or [NO_MERGE]
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 

@@ -73,7 +73,7 @@ def assert_same_perplexity(label: str, answer: dict[str, Any], ours: TokenNll) -
     assert abs(ratio - 1) <= 0.01
 
 
-@pytest.mark.parametrize("recipe", ["gguf_q4_0", "gguf_q8_0"])
+@pytest.mark.parametrize("recipe", ["gguf_q4_0", "gguf_q8_0", "mxfp4_weight_only"])
 def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, tmp_path: Path):
     folder, file = tmp_path / recipe, tmp_path / "model.gguf"
     angelslim.compress("tiny-lm", recipe, out=folder, evaluation__enabled=False)

@@ -162,7 +162,8 @@ def _trits(fields: Tensor, places: int) -> Tensor:
     weights = [3 ** (places - 1 - place) for place in range(fields.shape[-2])]
     powers = torch.tensor(weights, device=fields.device)
     number = (fields.int() * powers.view(-1, 1)).sum(-2)
-    return ((number * 256 + 3**places - 1) // 3**places).to(torch.uint8)
+    parts: Tensor = (number * 256 + 3**places - 1) // 3**places
+    return parts.to(torch.uint8)
 
 
 def _tq1_0(kind: str, codes: Tensor, scale: Tensor, round_scales: bool) -> Tensor:

@@ -29,10 +29,13 @@ from ...numerics.scheme import Quant
 from .._checkpoint import QuantizedCheckpoint
 from .._same import respelled, spellings
 from ._gguf_blocks import TYPES, refuses, to_blocks
+from ._gguf_lowbit import gguf_types, pack
 from ._gguf_model import add_shape, architecture, rope_factors, turned_rows
 from ._gguf_read import check_scales, read_header
 from ._gguf_types import KINDS, PLAIN
 from ._gguf_vocab import add_tokenizer
+
+__all__ = ["FORMAT", "ROUNDED", "Blocks", "Gguf", "gguf_types", "pack", "write_model"]
 
 ROUNDED = "angelslim.rounded_scales"  # key of the file: layers whose scales were rounded to float16 for it
 

@@ -175,6 +175,7 @@ GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "yarn": ("qwen3", {"rope_parameters": YARN}),
     "tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama, with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2, with biases": ("qwen2", {}),
     "qwen3": ("qwen3", {}),

@@ -75,6 +75,14 @@ def test_rows_of_packed_blocks_are_turned_for_the_llama_graph(tmp_path):
     assert torch.equal(read_bytes(tmp_path / "model.gguf", stored), data[order])
 
 
+def test_a_bias_that_the_graph_does_not_add_is_refused(tmp_path):
+    folder = save_qwen3(tmp_path / "model", attention_bias=True)  # llama.cpp's Qwen3 adds those of q, k and v
+    with pytest.raises(
+        ModelError, match=r"no place for the tensor 'model\.layers\.0\.self_attn\.o_proj\.bias'"
+    ):
+        write_model(open_any(folder), tmp_path / "model.gguf", {})
+
+
 def test_a_plain_model_is_written_in_its_own_types(tmp_path):
     for dtype, name in ((torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")):
         folder = save_qwen3(tmp_path / name, dtype=dtype)

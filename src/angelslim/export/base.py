@@ -87,6 +87,9 @@ class FileFormat(Protocol):
     def write(self, source: Source, out: Path) -> None:
         """Write an opened compressed model; what the file cannot hold exactly is refused, and nothing is left."""
 
+    def unpack(self, file: Path, folder: Path) -> None:
+        """Write the model in a file as a new folder in the `PREFERRED` format, with the same numbers."""
+
     def check(self, file: Path) -> int:
         """Decode every quantized tensor of a file and return their number; damage is a `ModelError`."""
 

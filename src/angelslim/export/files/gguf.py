@@ -30,9 +30,10 @@ from .._checkpoint import QuantizedCheckpoint
 from .._same import respelled, spellings
 from ._gguf_blocks import TYPES, refuses, to_blocks
 from ._gguf_lowbit import gguf_types, pack
-from ._gguf_model import add_shape, architecture, rope_factors, turned_rows
+from ._gguf_model import add_shape, architecture, has_place, rope_factors, turned_rows
 from ._gguf_read import check_scales, read_header
 from ._gguf_types import KINDS, PLAIN
+from ._gguf_unpack import unpack
 from ._gguf_vocab import add_tokenizer
 
 __all__ = ["FORMAT", "ROUNDED", "Blocks", "Gguf", "gguf_types", "pack", "write_model"]
@@ -103,6 +104,10 @@ class Gguf:
         assert isinstance(checkpoint, QuantizedCheckpoint)
         write_model(source, out, {name: _blocks(checkpoint, name) for name in checkpoint.parts})
 
+    def unpack(self, file: Path, folder: Path) -> None:
+        """Write a file as a compressed-tensors folder with the same numbers."""
+        unpack(file, folder)
+
     def check(self, file: Path) -> int:
         """Return the number of quantized tensors; a damaged file or a scale that is not finite is a `ModelError`."""
         quantized = [tensor for tensor in read_header(file).tensors if tensor.kind not in PLAIN.values()]
@@ -159,7 +164,7 @@ def _entries(library: Any, source: Source, weights: Mapping[str, Blocks], graph:
             continue
         stem, _, leaf = tensor.rpartition(".")
         name = names.get_name(stem)
-        if name is None or leaf not in ("weight", "bias"):
+        if name is None or not has_place(tensor, graph):
             raise ModelError(
                 f"GGUF has no place for the tensor {tensor!r} in a model of type {graph!r}.",
                 fix="Serve the folder with vLLM or SGLang.",

@@ -26,6 +26,7 @@ from angelslim.evaluate.suite import evaluation_text
 from angelslim.evaluate.tasks import chat_prompt
 from angelslim.export._checkpoint import open_any
 from angelslim.export.files._gguf_lowbit import pack
+from angelslim.export.files._gguf_vocab import SPLITS
 from angelslim.export.files.gguf import Blocks, write_model
 from angelslim.models.builtin import builtin_model
 from angelslim.work import tokenizer_of
@@ -38,7 +39,9 @@ NEW_TOKENS = 48
 CHARACTERS = 2000  # that both tokenize
 
 
-def ask_llama_cpp(file: Path, scored: TokenNll, prompts: list[list[int]], end: int) -> dict[str, Any]:
+def ask_llama_cpp(
+    file: Path, scored: TokenNll, prompts: list[list[int]], end: int, text: str = ""
+) -> dict[str, Any]:
     """Run the probe in the engine's own environment."""
     assert PYTHON.exists(), "the llama.cpp environment is missing: run `make engines`"
     question, answer = file.with_name("request.json"), file.with_name("answer.json")
@@ -47,7 +50,7 @@ def ask_llama_cpp(file: Path, scored: TokenNll, prompts: list[list[int]], end: i
         "prompts": prompts,
         "new_tokens": NEW_TOKENS,
         "end": end,
-        "text": evaluation_text()[:CHARACTERS],
+        "text": text,
     }
     question.write_text(json.dumps(request))
     probe = Path(__file__).with_name("llama_cpp_probe.py")
@@ -84,11 +87,11 @@ def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, tm
     )
     prompts = [tokenizer(chat_prompt(tokenizer, item), add_special_tokens=False).input_ids for item in asked]
     ours = nll_per_token(model, tokenizer, evaluation_text(), window=512, stride=512, max_tokens=4096)
-    end = tokenizer.eos_token_id
+    end, text = tokenizer.eos_token_id, evaluation_text()[:CHARACTERS]
 
-    answer = ask_llama_cpp(file, ours, prompts, end)
+    answer = ask_llama_cpp(file, ours, prompts, end, text)
 
-    assert answer["text"] == tokenizer(evaluation_text()[:CHARACTERS], add_special_tokens=False).input_ids
+    assert answer["text"] == tokenizer(text, add_special_tokens=False).input_ids
     assert_same_perplexity(recipe, answer, ours)
     same = [greedy(model, ids, end) == theirs for ids, theirs in zip(prompts, answer["tokens"], strict=True)]
     print(f"{recipe}: {sum(same)} of {len(same)} continuations are equal")
@@ -204,3 +207,35 @@ def test_llama_cpp_computes_what_transformers_does(label: str, tmp_path: Path):
     worst = float((likelihoods(answer, ours) - ours.nll).abs().max())
     print(f"{label}: likelihoods {ours.nll.min():.2f} to {ours.nll.max():.2f}, differ by at most {worst:.5f}")
     assert float(ours.nll.std()) > 1 and worst < 0.05
+
+
+TRICKY = (
+    "It's 3 o'clock, they'LL pay 1234567.89 EUR;  two  spaces\n\n\tdef f(x):\r\n    return x**2  # Gr\u00f6\u00dfe \u00bd\n"
+    "<|im_start|>user\nna\u00efve caf\u00e9 \u4f60\u597d\uff0c\u4e16\u754c \U0001f642 \u0939\u093f\u0928\u094d\u0926\u0940<|im_end|>\n   "
+)
+
+
+@pytest.mark.parametrize("split", ["qwen2", "llama-bpe"])
+def test_llama_cpp_splits_text_as_the_tokenizer_does(split: str, tmp_path: Path):
+    """Contractions, runs of digits and spaces, line ends, other scripts, special tokens."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "model"
+    AutoTokenizer.from_pretrained(builtin_model("tiny-lm")).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    pattern = {name: pattern for pattern, name in SPLITS.items()}[split]
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    content["model"]["ignore_merges"] = split == "llama-bpe"
+    file.write_text(json.dumps(content))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{**TEXT, "vocab_size": len(tokenizer)})
+    ).eval()
+    model.save_pretrained(folder)
+    write_model(open_any(folder), tmp_path / "model.gguf", {})
+    ours = nll_per_token(model, tokenizer, TRICKY, window=64, stride=64, max_tokens=20)
+
+    answer = ask_llama_cpp(tmp_path / "model.gguf", ours, [], tokenizer.eos_token_id, TRICKY)
+
+    assert answer["text"] == tokenizer(TRICKY, add_special_tokens=False).input_ids

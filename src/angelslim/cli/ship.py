@@ -96,7 +96,7 @@ def _words(text: str) -> list[str]:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A compressed model folder; for --check also a .gguf file.")],
+    folder: Annotated[Path, typer.Argument(help="A compressed model folder, or a .gguf file.")],
     format_: Annotated[
         str | None, typer.Option("--format", help="Format to write (see `angelslim ls`).")
     ] = None,

@@ -235,6 +235,19 @@ def test_llama_3_frequencies_are_those_of_transformers():
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "'dynamic'",
         ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "beta_fast": 16.0,
+                    "beta_slow": 1.0,
+                }
+            },
+            "settings \\['beta_fast'\\]",
+        ),
     ],
 )
 def test_models_that_a_graph_does_not_compute_are_refused(family, changes, reason):

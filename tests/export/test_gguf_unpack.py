@@ -162,6 +162,25 @@ def test_what_no_folder_holds_is_refused_and_nothing_is_left(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
+@pytest.mark.parametrize(
+    "old, new, reason",
+    [
+        (b"qwen3.block_count", b"qwen3.block_couny", "lacks a field"),
+        (b"token_embd.weight", b"token_embx.weight", "holds no embedding"),
+        (b"tokenizer.ggml.pre", b"tokenizer.ggml.prx", r"tokenizer is not read \(''\)"),
+        (b"blk.0.ffn_up.weight", b"blk.0.ffn_ux.weight", "no place in a model folder"),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused_with_what(old, new, reason, made, tmp_path):
+    convert(made, "gguf", tmp_path / "model.gguf")
+    data = (tmp_path / "model.gguf").read_bytes()
+    assert data.count(old) == 1
+    (tmp_path / "model.gguf").write_bytes(data.replace(old, new))
+    with pytest.raises((ModelError, SchemeError), match=reason):
+        convert(tmp_path / "model.gguf", "compressed_tensors", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_a_file_where_a_folder_is_wanted_gets_the_way_out(made, tmp_path):
     convert(made, "gguf", tmp_path / "model.gguf")
     with pytest.raises(ModelError) as refused:

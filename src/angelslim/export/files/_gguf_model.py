@@ -31,6 +31,20 @@ PLACES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+ROPE = {
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+USUAL = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}  # llama.cpp's own values
 BIASED = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -50,6 +64,10 @@ def architecture(config: Any) -> str:
         problem = "no sliding windows in this graph"
     elif rope_of(config)["rope_type"] not in ("default", "linear", "yarn", "llama3"):
         problem = f"no rotary table of type {rope_of(config)['rope_type']!r}"
+    elif told := {
+        key for key, value in rope_of(config).items() if key not in ROPE and value != USUAL.get(key)
+    }:
+        problem = f"no place for the rotary settings {sorted(told)}"
     elif config.hidden_act != "silu":
         problem = f"no activation {config.hidden_act!r}"
     if problem:
@@ -166,8 +184,10 @@ def config_from(fields: Mapping[str, Any], tensors: Collection[str], file: Path)
             "rope_parameters": rope,
             "tie_word_embeddings": "output.weight" not in tensors,
         }
-    except KeyError as error:
-        raise ModelError(f"{file} has no field {error}.", fix="Write the file again.") from error
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(
+            f"{file} lacks a field, or has one of another kind ({error}).", fix="Write the file again."
+        ) from error
     if graph == "llama":
         settings |= {"attention_bias": "attn_q" in biased, "mlp_bias": "ffn_up" in biased}
     for name in ("bos", "eos"):

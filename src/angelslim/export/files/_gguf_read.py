@@ -64,7 +64,7 @@ def read_header(file: Path) -> Header:
     try:
         with file.open("rb") as stream:
             header = _header(stream)
-    except (struct.error, ValueError, KeyError, OSError) as error:
+    except (struct.error, ArithmeticError, ValueError, TypeError, KeyError, OSError) as error:
         raise ModelError(f"{file} is no complete GGUF file ({error}).", fix="Write it again.") from error
     end = max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
     if file.stat().st_size < end:
@@ -137,7 +137,9 @@ def _value(stream: BinaryIO, kind: int) -> Any:
         if item in _SCALARS:
             one = _SCALARS[item]
             return list(struct.unpack(f"<{count}{one[1]}", stream.read(count * struct.calcsize(one))))
-        return [_value(stream, item) for _ in range(count)]
+        if item != _STRING:
+            raise ValueError(f"arrays of type {item} are not known here")
+        return [_text(stream) for _ in range(count)]
     return _number(stream, _SCALARS[kind])
 
 

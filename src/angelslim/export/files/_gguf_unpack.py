@@ -67,6 +67,8 @@ def unpack(file: Path, folder: Path) -> None:
 def _refuse(header: Header, names: dict[str, str], file: Path) -> None:
     """Refuse a file with tensors that have no place in a folder, or of types that are not read."""
     kinds = {tensor.kind for tensor in header.tensors}
+    if all(tensor.name != "token_embd.weight" for tensor in header.tensors):
+        raise ModelError(f"{file} holds no embedding.", fix="Copy or write it again.")
     if not kinds & SCHEMES.keys():
         raise ModelError(f"{file} holds no Q4_0 or Q8_0 weights.", fix="Nothing in it is compressed exactly.")
     for tensor in header.tensors:

@@ -90,7 +90,12 @@ def save_tokenizer(fields: Mapping[str, Any], folder: Path, file: Path) -> None:
             f"{file}: its tokenizer is not read ({split!r}).", fix="Serve the file with llama.cpp."
         )
     tokens = known["ggml.tokens"]
-    kinds = dict(enumerate(known["ggml.token_type"]))
+    kinds = dict(enumerate(known.get("ggml.token_type", [_NORMAL] * len(tokens))))
+    named = {
+        ours: tokens[known[f"ggml.{theirs}_token_id"]]
+        for theirs, ours in {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}.items()
+        if known.get(f"ggml.{theirs}_token_id", len(tokens)) < len(tokens)
+    }
     vocabulary = {
         token: index for index, token in enumerate(tokens) if kinds[index] in (_NORMAL, _CONTROL, _USER)
     }
@@ -107,15 +112,9 @@ def save_tokenizer(fields: Mapping[str, Any], folder: Path, file: Path) -> None:
     core.pre_tokenizer = pre_tokenizers.Sequence(steps)
     core.decoder = decoders.ByteLevel()
     core.add_tokens(added)
-    if known.get("ggml.add_bos_token"):
-        _begin(core, tokens[known["ggml.bos_token_id"]], known["ggml.bos_token_id"])
-    named = {"bos": "bos", "eos": "eos", "padding": "pad"}
-    given = {
-        f"{ours}_token": tokens[known[f"ggml.{theirs}_token_id"]]
-        for theirs, ours in named.items()
-        if f"ggml.{theirs}_token_id" in known
-    }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **given)
+    if known.get("ggml.add_bos_token") and "bos_token" in named:
+        _begin(core, named["bos_token"], vocabulary[named["bos_token"]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
     tokenizer.chat_template = known.get("chat_template")
     tokenizer.save_pretrained(folder)
 

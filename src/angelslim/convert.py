@@ -21,7 +21,7 @@ from .base.errors import ConfigError, ResourceError, SchemeError, UserError, did
 from .check import open_compressed
 from .export._checkpoint import QuantizedCheckpoint
 from .export._same import check_equal, respelled, suited
-from .export.base import FILES, FORMATS, Exporter, Restored, refusal
+from .export.base import FILES, FORMATS, PREFERRED, Exporter, Restored, refusal
 from .job import KEPT_FILES, NEVER_COPIED
 from .models.checkpoint import UnitWriter, read_tensor, write_atomically
 from .models.loading import Source
@@ -33,16 +33,22 @@ LAYERS_PER_UNIT = 32
 
 
 def convert(folder: Path, wanted: str, out: Path) -> None:
-    """Write the compressed model in `folder` to `out` in the format called `wanted`: a folder, or one file."""
+    """Write the compressed model in `folder`, or in one file, to `out` in the format called `wanted`.
+
+    ``gguf:tq1_0`` asks a file format for one of its own types.
+    """
     if out.exists():
         raise UserError(f"{out} already exists.", fix="Choose another --out.")
-    name = wanted.replace("-", "_")
+    name, _, kind = wanted.replace("-", "_").partition(":")
     if name not in FILES and name not in FORMATS:
         raise ConfigError(f"Unknown format {wanted!r}.", fix=did_you_mean(name, [*FORMATS, *FILES]))
-    source, checkpoint = open_compressed(folder)
     try:
+        if folder.is_file() and folder.suffix[1:] in FILES:
+            _unpacked(folder, name, out)
+            return
+        source, checkpoint = open_compressed(folder)
         if name in FILES:
-            FILES.get(name).write(source, out)
+            FILES.get(name).write(source, out, kind)
         else:
             _rewrite(source, checkpoint, wanted, out)
     except (OSError, SafetensorError) as error:
@@ -50,6 +56,20 @@ def convert(folder: Path, wanted: str, out: Path) -> None:
             f"Writing to {out} failed ({getattr(error, 'strerror', None) or error}).",
             fix="Free some disk space or choose another --out.",
         ) from error
+
+
+def _unpacked(file: Path, name: str, out: Path) -> None:
+    """Write a model that is one file as a folder, and that in the wanted format."""
+    between = out.with_name(out.name + ".unpacked")
+    shutil.rmtree(between, ignore_errors=True)
+    try:
+        FILES.get(file.suffix[1:]).unpack(file, between)
+        if name == PREFERRED:
+            between.rename(out)
+        else:
+            convert(between, name, out)
+    finally:
+        shutil.rmtree(between, ignore_errors=True)
 
 
 def _rewrite(source: Source, checkpoint: QuantizedCheckpoint, wanted: str, out: Path) -> None:

@@ -1,7 +1,6 @@
 """GGUF files against the format's own library: its decoder must give our weights bit for bit.
 
-To run one in llama.cpp, install llama-cpp-python and add a test that opens the file of `written` with
-``Llama(str(file), logits_all=True)`` and compares the logits with those of ``angelslim.load(folder)``.
+llama.cpp itself reads such files in ``tests/engines/test_llama_cpp.py``.
 """
 
 from __future__ import annotations
@@ -157,6 +156,7 @@ def test_what_llama_cpp_reads_of_the_model(made, tmp_path):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.merges": ["\u2400 \u2400"],  # llama.cpp refuses a tokenizer with none
     }
     assert {name: fields[name] for name in expected} == expected
     assert fields["qwen3.rope.freq_base"] == 10000.0
@@ -234,6 +234,19 @@ def test_llama_3_frequencies_are_those_of_transformers():
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "'dynamic'",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "beta_fast": 16.0,
+                    "beta_slow": 1.0,
+                }
+            },
+            "settings \\['beta_fast'\\]",
         ),
     ],
 )

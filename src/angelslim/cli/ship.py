@@ -96,9 +96,13 @@ def _words(text: str) -> list[str]:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A compressed model folder; for --check also a .gguf file.")],
+    folder: Annotated[Path, typer.Argument(help="A compressed model folder, or a .gguf file.")],
     format_: Annotated[
-        str | None, typer.Option("--format", help="Format to write (see `angelslim ls`).")
+        str | None,
+        typer.Option(
+            "--format",
+            help="Format to write (see `angelslim ls`), as gguf, or gguf:tq1_0 for one of its types.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder or file to write.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only decode every layer and report.")] = False,

@@ -84,8 +84,14 @@ def one_scheme(schemes: Mapping[str, Scheme]) -> str:
 class FileFormat(Protocol):
     """A whole model in one file, written from a compressed folder."""
 
-    def write(self, source: Source, out: Path) -> None:
-        """Write an opened compressed model; what the file cannot hold exactly is refused, and nothing is left."""
+    def write(self, source: Source, out: Path, kind: str = "") -> None:
+        """Write an opened compressed model; what the file cannot hold exactly is refused, and nothing is left.
+
+        `kind` asks for one of the format's own types of numbers where several hold them.
+        """
+
+    def unpack(self, file: Path, folder: Path) -> None:
+        """Write the model in a file as a new folder in the `PREFERRED` format, with the same numbers."""
 
     def check(self, file: Path) -> int:
         """Decode every quantized tensor of a file and return their number; damage is a `ModelError`."""

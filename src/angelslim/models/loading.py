@@ -198,9 +198,10 @@ def resolve(reference: str | Path) -> Path:
             )
         return folder
     if folder.is_file():
-        raise ModelError(
-            f"{folder} is a file.", fix="Give the folder that holds config.json and the weights."
-        )
+        fix = "Give the folder that holds config.json and the weights."
+        if folder.suffix == ".gguf":
+            fix = f"Make a folder of it: angelslim export {name} --format compressed_tensors --out FOLDER"
+        raise ModelError(f"{folder} is a file.", fix=fix)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
     raise ModelError(

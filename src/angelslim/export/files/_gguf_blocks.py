@@ -54,15 +54,15 @@ def to_blocks(weight: Quantized, name: str) -> Tensor:
     scale = spread(weight.scale, tile, (rows, columns))[:, ::BLOCK].contiguous()
     codes = weight.codes.reshape(rows, -1, BLOCK)
     if kind == "MXFP4":
-        head, body = e8m0_bytes(scale).unsqueeze(-1), pack_fp4(_halves_as_pairs(codes))
+        head, body = e8m0_bytes(scale).unsqueeze(-1), pack_fp4(halves_as_pairs(codes))
     else:
         head = exactly(scale, torch.float16, name).view(torch.uint8).reshape(rows, -1, 2)
-        body = codes if kind == "Q8_0" else pack_int4(_halves_as_pairs(codes))
+        body = codes if kind == "Q8_0" else pack_int4(halves_as_pairs(codes))
     body = body.contiguous().view(torch.uint8).reshape(rows, columns // BLOCK, -1)
     return torch.cat([head, body], dim=-1).flatten(1)
 
 
-def _halves_as_pairs(codes: Tensor) -> Tensor:
+def halves_as_pairs(codes: Tensor) -> Tensor:
     """Bring values j and j + 16 of each block side by side: ``[out, blocks, 32] -> [out * blocks, 32]``."""
     half = BLOCK // 2
     return codes.reshape(-1, 2, half).transpose(1, 2).reshape(-1, BLOCK)

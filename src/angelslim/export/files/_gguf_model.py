@@ -8,6 +8,8 @@ places; each row keeps its codes and scales.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,38 @@ from torch import Tensor
 from ...base.errors import ModelError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+PLACES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+ROPE = {
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+}
+USUAL = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "partial_rotary_factor": 1.0,
+    "truncate": True,
+}  # llama.cpp's own values
+BIASED = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+)  # in every graph; the rest only in Llama's
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
@@ -30,6 +64,10 @@ def architecture(config: Any) -> str:
         problem = "no sliding windows in this graph"
     elif rope_of(config)["rope_type"] not in ("default", "linear", "yarn", "llama3"):
         problem = f"no rotary table of type {rope_of(config)['rope_type']!r}"
+    elif told := {
+        key for key, value in rope_of(config).items() if key not in ROPE and value != USUAL.get(key)
+    }:
+        problem = f"no place for the rotary settings {sorted(told)}"
     elif config.hidden_act != "silu":
         problem = f"no activation {config.hidden_act!r}"
     if problem:
@@ -89,9 +127,70 @@ def rope_factors(config: Any) -> Tensor | None:
     return factors.float()
 
 
+def has_place(tensor: str, graph: str) -> bool:
+    """Say whether a graph loads a tensor of a layer, given transformers' name: some add no bias."""
+    stem, _, leaf = tensor.rpartition(".")
+    return leaf == "weight" or (leaf == "bias" and (graph == "llama" or stem.endswith(BIASED)))
+
+
 def turned_rows(name: str, rows: int, config: Any, graph: str) -> Tensor | None:
     """Return the order in which the graph wants a layer's rows, or None to leave them."""
     if graph != "llama" or not name.endswith(TURNED):
         return None
     size = head_size(config)
     return torch.arange(rows).reshape(-1, 2, size // 2).transpose(1, 2).reshape(-1)
+
+
+def layer_names(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return transformers' names of the modules by llama.cpp's."""
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    for block in range(fields[f"{fields['general.architecture']}.block_count"]):
+        for theirs, ours in PLACES.items():
+            names[f"blk.{block}.{theirs}"] = f"model.layers.{block}.{ours}"
+    return names
+
+
+def config_from(fields: Mapping[str, Any], tensors: Collection[str], file: Path) -> Any:
+    """Return the transformers configuration that a file's fields, and the names of its tensors, describe.
+
+    A Mistral comes back as the Llama that it computes like.
+    """
+    from transformers import AutoConfig
+
+    graph = fields.get("general.architecture")
+    if graph not in ARCHITECTURES.values():
+        raise ModelError(
+            f"{file}: models of type {graph!r} are not read.", fix="Serve the file with llama.cpp."
+        )
+    known = {key.removeprefix(f"{graph}."): value for key, value in fields.items()}
+    biased = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
+    try:
+        heads, width = known["attention.head_count"], known["embedding_length"]
+        rope = {"rope_type": "default", "rope_theta": known.get("rope.freq_base", 10000.0)}
+        if known.get("rope.scaling.type", "none") != "none":
+            rope |= {"rope_type": known["rope.scaling.type"], "factor": known["rope.scaling.factor"]}
+        if "rope.scaling.original_context_length" in known:
+            rope["original_max_position_embeddings"] = known["rope.scaling.original_context_length"]
+        settings = {
+            "vocab_size": len(known["tokenizer.ggml.tokens"]),
+            "hidden_size": width,
+            "intermediate_size": known["feed_forward_length"],
+            "num_hidden_layers": known["block_count"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": known.get("attention.head_count_kv", heads),
+            "head_dim": known.get("attention.key_length", width // heads),
+            "max_position_embeddings": known["context_length"],
+            "rms_norm_eps": float(f"{known['attention.layer_norm_rms_epsilon']:.7g}"),  # stored in float32
+            "rope_parameters": rope,
+            "tie_word_embeddings": "output.weight" not in tensors,
+        }
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(
+            f"{file} lacks a field, or has one of another kind ({error}).", fix="Write the file again."
+        ) from error
+    if graph == "llama":
+        settings |= {"attention_bias": "attn_q" in biased, "mlp_bias": "ffn_up" in biased}
+    for name in ("bos", "eos"):
+        settings[f"{name}_token_id"] = known.get(f"tokenizer.ggml.{name}_token_id")
+    settings["pad_token_id"] = known.get("tokenizer.ggml.padding_token_id")
+    return AutoConfig.for_model(graph, **settings)

@@ -7,6 +7,7 @@ split of a tokenizer.json is looked up in that list; another one would tokenize 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {_WORDS + _REST: "qwen2", _WORDS + "{1,3}" + _REST: "llama-bpe"}  # they differ in runs of digits
 GPT2 = "gpt-2"  # the split that ByteLevel does by itself
+_NORMAL, _CONTROL, _USER = 1, 3, 4  # types of tokens
+NO_MERGE = "\u2400 \u2400"  # no byte looks like this; llama.cpp refuses a file without any merge
 
 
 def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
@@ -54,6 +57,7 @@ def add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(folder, load_merges=bool(model.get("merges")), n_vocab=size)
+    special.merges = special.merges or [NO_MERGE]
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
@@ -71,3 +75,54 @@ def _split(content: dict[str, Any], merges: bool) -> str | None:
     if len(steps) != 2 or steps[-1].get("use_regex", True) or steps[0].get("type") != "Split":
         return None
     return SPLITS.get(steps[0].get("pattern", {}).get("Regex", ""))
+
+
+def save_tokenizer(fields: Mapping[str, Any], folder: Path, file: Path) -> None:
+    """Write the tokenizer of a file's fields into a model folder; one that splits in an unknown way is refused."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {key.removeprefix("tokenizer."): value for key, value in fields.items()}
+    split = known.get("ggml.pre", "")
+    patterns = {name: pattern for pattern, name in SPLITS.items()}
+    if known.get("ggml.model") != "gpt2" or split not in (GPT2, *patterns):
+        raise ModelError(
+            f"{file}: its tokenizer is not read ({split!r}).", fix="Serve the file with llama.cpp."
+        )
+    tokens = known["ggml.tokens"]
+    kinds = dict(enumerate(known.get("ggml.token_type", [_NORMAL] * len(tokens))))
+    named = {
+        ours: tokens[known[f"ggml.{theirs}_token_id"]]
+        for theirs, ours in {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}.items()
+        if known.get(f"ggml.{theirs}_token_id", len(tokens)) < len(tokens)
+    }
+    vocabulary = {
+        token: index for index, token in enumerate(tokens) if kinds[index] in (_NORMAL, _CONTROL, _USER)
+    }
+    added = [
+        AddedToken(token, special=kinds[index] == _CONTROL, normalized=False)
+        for token, index in vocabulary.items()
+        if kinds[index] != _NORMAL
+    ]
+    merges = [tuple(merge.split(" ")) for merge in known.get("ggml.merges", ()) if merge != NO_MERGE]
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == GPT2)]
+    if split in patterns:
+        steps.insert(0, pre_tokenizers.Split(Regex(patterns[split]), "isolated"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    core.decoder = decoders.ByteLevel()
+    core.add_tokens(added)
+    if known.get("ggml.add_bos_token") and "bos_token" in named:
+        _begin(core, named["bos_token"], vocabulary[named["bos_token"]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
+    tokenizer.chat_template = known.get("chat_template")
+    tokenizer.save_pretrained(folder)
+
+
+def _begin(core: Any, token: str, index: int) -> None:
+    """Put the token of the beginning before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    core.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, index)]
+    )

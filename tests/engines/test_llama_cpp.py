@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 import angelslim
+from angelslim.config.recipe import load as load_recipe
 from angelslim.convert import convert
 from angelslim.data.builtin import examples
+from angelslim.engine import carry_out, prepare_any
 from angelslim.evaluate.perplexity import TokenNll, nll_per_token
 from angelslim.evaluate.suite import evaluation_text
 from angelslim.evaluate.tasks import chat_prompt
@@ -158,6 +160,30 @@ def test_llama_cpp_computes_with_our_low_bit_weights(kind: str, name: str, group
 
     assert len(weights) == 42
     assert_same_perplexity(f"{kind} as {name}, groups of {group}", answer, ours)
+
+
+TRAINED = {  # recipe, words, GGUF type
+    "seq": ("seq_2bit", (), "Q2_K"),
+    "ternary rows, small": ("ternary_absmean", (), "TQ1_0"),
+    "ternary rows": ("ternary_absmean", (), "TQ2_0"),
+    "ternary groups": ("ternary_tequila", (), "Q2_0"),
+    "sherry": ("sherry", (), "Q4_0"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_llama_cpp_runs_what_training_leaves(name: str, tmp_path: Path):
+    """A few steps of training, exported by the command that users have."""
+    recipe, words, kind = TRAINED[name]
+    short = ("dataset.max_seq_length=128", "compression.QAT.hf_args.max_steps=8", "evaluation.enabled=false")
+    carry_out(prepare_any(load_recipe(recipe, [*short, *words]), "tiny-lm"), tmp_path / "out")
+    convert(tmp_path / "out", f"gguf:{kind.lower()}", tmp_path / "model.gguf")
+    model, tokenizer = angelslim.load(tmp_path / "out").float(), tokenizer_of(tmp_path / "out")
+    ours = nll_per_token(model, tokenizer, evaluation_text(), window=512, stride=512, max_tokens=2048)
+
+    answer = ask_llama_cpp(tmp_path / "model.gguf", ours, [], tokenizer.eos_token_id)
+
+    assert_same_perplexity(f"{recipe} as {kind}", answer, ours)
 
 
 LLAMA_3 = {

@@ -129,6 +129,15 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)}
 
 
+def greedy(model: torch.nn.Module, prompt: list[int], end: int, most: int) -> list[int]:
+    """Continue a prompt greedily by at most `most` tokens, the end token included, as engines report it."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False)
+    tokens = found[0, len(prompt) :].tolist()
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing in the package may catch it."""
 

@@ -33,7 +33,7 @@ from angelslim.export.files.gguf import Blocks, write_model
 from angelslim.models.builtin import builtin_model
 from angelslim.work import tokenizer_of
 from families import TEXT
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, greedy
 
 pytestmark = pytest.mark.engine
 PYTHON = Path(__file__).parents[2] / ".venv-llama" / "bin" / "python"
@@ -95,20 +95,12 @@ def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, tm
 
     assert answer["text"] == tokenizer(text, add_special_tokens=False).input_ids
     assert_same_perplexity(recipe, answer, ours)
-    same = [greedy(model, ids, end) == theirs for ids, theirs in zip(prompts, answer["tokens"], strict=True)]
+    same = [
+        greedy(model, ids, end, NEW_TOKENS) == theirs
+        for ids, theirs in zip(prompts, answer["tokens"], strict=True)
+    ]
     print(f"{recipe}: {sum(same)} of {len(same)} continuations are equal")
     assert sum(same) >= 0.75 * len(same)
-
-
-def greedy(model: torch.nn.Module, prompt: list[int], end: int) -> list[int]:
-    """Continue one prompt greedily, the end token included."""
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-    tokens = found[0, len(prompt) :].tolist()
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 def to_seq(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

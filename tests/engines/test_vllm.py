@@ -13,7 +13,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 import angelslim
 from angelslim.data.builtin import examples
@@ -21,6 +20,7 @@ from angelslim.evaluate.perplexity import nll_per_token
 from angelslim.evaluate.suite import evaluation_text
 from angelslim.evaluate.tasks import chat_prompt
 from angelslim.work import tokenizer_of
+from tiny import greedy
 
 pytestmark = pytest.mark.engine
 PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
@@ -66,7 +66,7 @@ def test_vllm_agrees_on_perplexity_and_greedy_tokens(name: str, tmp_path: Path):
     print(f"{name}: vLLM's perplexity is {ratio:.5f} of ours")
     assert abs(ratio - 1) <= 0.01
     for prompt, tokens in zip(prompts, answer["tokens"], strict=True):
-        assert tokens == greedy(model, prompt, tokenizer.eos_token_id)
+        assert tokens == greedy(model, prompt, tokenizer.eos_token_id, NEW_TOKENS)
 
 
 def ask_vllm(folder: Path, request: dict, work: Path) -> dict:
@@ -79,14 +79,3 @@ def ask_vllm(folder: Path, request: dict, work: Path) -> dict:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(answer.read_text())
-
-
-def greedy(model: torch.nn.Module, prompt: list[int], end: int) -> list[int]:
-    """Continue one prompt greedily, as the engine reports it (the end token included)."""
-    ids = torch.tensor([prompt])
-    with torch.no_grad():
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-    tokens = found[0, len(prompt) :].tolist()
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

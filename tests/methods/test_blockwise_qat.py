@@ -178,7 +178,7 @@ def first_values(method):
 
 CASES = {  # quantizer -> options, how much of the untrained error may be left in each block
     "seq": ({}, 0.5),
-    "sherry": ({"group_size": 64}, 0.6),
+    "sherry": ({"group_size": 64, "anneal": "none"}, 0.6),
     "tequila": ({"group_size": 64}, 0.6),
 }
 

@@ -137,7 +137,7 @@ def format_that_cannot_hold_the_scheme(folder, model):
     return ["int4_rtn", model, "compression.quantization.format=fp8_block"]
 
 
-@case("understood, but not built yet", "daq", "Built methods: gptq", "rtn")
+@case("understood, but not built yet", "daq", "Built methods: ", "gptq", "rtn")
 def method_that_is_not_built(folder, model):
     return [recipe(folder, "compression:\n  quantization:\n    name: daq\n"), model]
 

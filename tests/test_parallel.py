@@ -38,6 +38,7 @@ SPARSE: dict[str, tuple[str, ...]] = {
     "awq_sparse": ("sparse", "int4_awq", GROUP),
     "smooth_sparse": ("sparse", "int8_smooth_gptq"),
     "learned_sparse": ("sparse", "int4_autoround", GROUP, f"{METHOD}.iterations=4"),
+    "blocks_sparse": ("sparse", "seq_2bit_blocks", "compression.QAT.block_wise_config.epochs=1"),
     "lepto_sparse": ("sparse", "fp8_lepto_extended", MARGIN),
 }
 

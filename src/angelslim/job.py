@@ -20,6 +20,7 @@ from .base import parallel
 from .base.console import chose, log
 from .base.errors import ConfigError, DataError, ModelError, ResourceError, SchemeError
 from .base.memory import return_large_blocks
+from .config.quantization import Quantization
 from .config.recipe import Resolved
 from .config.schema import Config
 from .config.upstream import Stage, stages
@@ -81,7 +82,8 @@ class Job:
     def name(self) -> str:
         """What the report calls the method: the public name when the recipe has one."""
         compression = self.config.compression[0]
-        named = compression.quantization.name if compression.quantization else None
+        quantization = None if compression.blockwise else compression.quantization
+        named = quantization.name if quantization else None
         return named or self.stage.method
 
     def fingerprint(self) -> str:
@@ -125,7 +127,8 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     _report_unused(resolved, stage, method.reads)
     transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
-    quantization = next(each.quantization for each in config.compression if each.quantization)
+    sections = (each.quantization for each in config.compression if each.quantization)
+    quantization = next(sections, None) or Quantization()
     _check_inputs(config)
     source = _open(reference, config)
     rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
@@ -245,8 +248,11 @@ def _check_static(source: Source, selection: Selection) -> None:
 
 def _report_unused(resolved: Resolved, stage: Stage, reads: frozenset[str]) -> None:
     """Warn of switches without effect: a result that silently differs from its recipe would be a lie."""
+    config = resolved.config
+    trains = isinstance(config, Config) and any(each.blockwise for each in config.compression)
+    section = "QAT" if trains else "quantization"
     for key, value in stage.options.items():
-        text = f"quantization.{key} has no effect on {stage.method} here."
+        text = f"{section}.{key} has no effect on {stage.method} here."
         if value and key not in reads | READ_HERE and text not in resolved.warnings:
             log.warning("%s", text)
             resolved.warnings.append(text)

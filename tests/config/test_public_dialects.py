@@ -135,7 +135,7 @@ ASKED = {
     "ptq_int8_smooth": ["transform smooth", "ptq rtn: W int8 per-channel, A int8 per-token dynamic"],
     "ptq_w4a8_engine": ["calibrate vllm", "ptq rtn: W int4 per-group 128, A fp8_e4m3 per-tensor static"],
     "qad_ternary": ["qat sherry"],
-    "qat_blockwise": ["qat blockwise"],
+    "qat_blockwise": ["ptq blockwise_qat: W seq2 per-channel (float16 scales)"],
     "qat_fp4": ["qat end2end"],
     "sparsity_slips": ["sparsity a_shape"],
     "transform_spin": ["transform spin", "ptq gptq: W int4 per-group 128"],
@@ -166,10 +166,14 @@ def test_keys_that_public_pages_describe_and_no_public_file_holds(tmp_path, rota
     path = tmp_path / "documented.yaml"
     path.write_text(DOCUMENTED % rotates, "utf-8")
     report = validate_file(path)
-    assert (report.errors, report.asks_for) == ([], ["qat blockwise"])
+    assert (report.errors, report.asks_for) == (
+        [],
+        ["ptq blockwise_qat: W seq2 per-channel (float16 scales)"],
+    )
     assert any("enable_rotation is not used" in warning for warning in report.warnings) is (rotates == "true")
     (stage,) = stages(load(path).config)
-    assert stage.options["block_wise_config"] == {"train_size": 64, "val_size": 8}
+    assert stage.options["val_size"] == 8
+    assert load(path).config.dataset.num_samples == 64
 
 
 @pytest.mark.parametrize(

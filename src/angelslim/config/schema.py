@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from .fields import Count, Int, Section, Size, Word, Words
 from .flat import FlatConfig
@@ -82,8 +82,15 @@ class Compression(Section):
 
     @property
     def trains(self) -> bool:
-        """Whether the stage is one of training."""
-        return self.name == "QAT" or any(each is not None for each in (self.qat, self.qad, self.distill))
+        """Whether the stage trains the whole model at once."""
+        trained = self.name == "QAT" or any(each is not None for each in (self.qat, self.qad, self.distill))
+        return trained and not self.blockwise
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the stage trains one block after another, which is a kind of post-training quantization."""
+        section = self.qat if self.name in (None, "QAT") else None
+        return section is not None and section.training_mode == "blockwise"
 
 
 class Dataset(Section):
@@ -138,6 +145,17 @@ class Config(Section):
     dataset: Dataset = Field(default_factory=Dataset)
     transform: Transform | None = None
     evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _samples_of_blocks(self) -> Config:
+        """Training by blocks says in its own section how many samples it reads, and of what length."""
+        for stage in self.compression:
+            words = stage.qat.block_wise_config if stage.blockwise and stage.qat else None
+            if words is not None:
+                asked = {"num_samples": words.train_size, "max_seq_length": words.training_seqlen}
+                update = {key: value for key, value in asked.items() if value is not None}
+                self.dataset = self.dataset.model_copy(update=update)
+        return self
 
 
 class PruningConfig(Section):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from .fields import GrainName, Int, Number, Section, Word
+from .fields import Count, GrainName, Int, Number, Section, Word
 
 TRAINING_ARGUMENTS = frozenset(
     [
@@ -275,9 +275,9 @@ class BlockWise(Section):
 
     epochs: Int | None = None
     batch_size: Int | None = None
-    train_size: Int | None = None
+    train_size: Count | None = None  # calibration samples: decides dataset.num_samples
     val_size: Int | None = None
-    training_seqlen: Int | None = None
+    training_seqlen: Count | None = None  # decides dataset.max_seq_length
     quant_lr: Number | None = None
     weight_lr: Number | None = None
     min_lr_factor: Number | None = None

@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..base.errors import ConfigError, did_you_mean
 from ..numerics.scheme import PRESETS, Scheme
-from . import schemes
+from . import quantizers, schemes
 from .flat import FlatConfig
 from .pruning import KNOWN_STRATEGIES
 from .quantization import Quantization
 from .schema import AnyConfig, Compression, Config, PruningConfig, Transform
 from .sparsity import KNOWN_PATTERNS
-from .training import QAD, QAT
+from .training import QAD, QAT, SpecialQuantizer
 
 T = TypeVar("T")
 Kind = Literal["ptq", "qat", "distill", "sparsity", "pruning", "calibrate", "mcore_qad", "transform"]
@@ -242,6 +242,7 @@ def ignored_layers(section: Quantization) -> tuple[str, ...]:
 
 
 def _trained(section: QAT | QAD, quantization: Quantization | None, where: str) -> Stage:
+    """Training of the whole model; by blocks it is a method of post-training quantization."""
     quant = section.plugin_config.quant_config if section.plugin_config else None
     special = quant.special if quant and quant.weight_quantizer == "special" else None
     default = section.training_mode if isinstance(section, QAT) else "distill"
@@ -252,7 +253,47 @@ def _trained(section: QAT | QAD, quantization: Quantization | None, where: str) 
         if scheme is None and not (quant and quant.weight) and quantization and quantization.name:
             scheme = method_of(quantization, where)[1]
     ignore = ignored_layers(quantization) if quantization else ("lm_head",)
+    if isinstance(section, QAT) and section.training_mode == "blockwise":
+        return _blockwise(section, special, scheme, ignore)
     return Stage("qat", method, scheme, section.given(), ignore)
+
+
+_BLOCK_WORDS = {  # of block_wise_config -> the method's options
+    "epochs": "epochs",
+    "batch_size": "learn_batch",
+    "quant_lr": "quant_lr",
+    "weight_lr": "weight_lr",
+    "min_lr_factor": "min_lr_factor",
+    "wd": "weight_decay",
+    "val_size": "val_size",
+}
+_BLOCK_SILENT = (
+    "training_mode",
+    "plugin_config",
+    "block_wise_config",
+    "do_train",
+    "hf_dataset",
+    "hf_cache_dir",
+)
+
+
+def _blockwise(
+    section: QAT, special: SpecialQuantizer | None, scheme: Scheme | None, ignore: tuple[str, ...]
+) -> Stage:
+    """One block after another; the scheme is what the quantizer leaves, two bits of SEQ if nothing is named."""
+    name, own = "seq", dict[str, Any]()
+    if special is not None:
+        name, own = quantizers.special(special)
+    elif scheme is not None:
+        name, own = quantizers.plain(scheme)
+    inputs = scheme.input if scheme is not None else None
+    found = Scheme(quantizers.scheme_of(name, own).weight, inputs)
+    options: dict[str, object] = {"quantizer": name, "quantizer_options": own}
+    words = section.block_wise_config.given() if section.block_wise_config else {}
+    options |= {_BLOCK_WORDS[key]: value for key, value in words.items() if key in _BLOCK_WORDS}
+    # What only training end to end reads; a run says that it has no effect.
+    options |= {key: value for key, value in section.given().items() if key not in _BLOCK_SILENT}
+    return Stage("ptq", "blockwise_qat", found, options, ignore)
 
 
 def _transforms(section: Transform) -> Iterator[Stage]:

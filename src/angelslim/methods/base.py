@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from ..base.errors import ConfigError, did_you_mean
 from ..base.registry import Registry
 from ..models.block import Block
 from ..models.loading import Source
@@ -74,3 +75,15 @@ PTQ: Registry[type[Blockwise]] = Registry("method", "angelslim.methods.ptq", "ME
 TRANSFORMS: Registry[type[Blockwise]] = Registry("transform", "angelslim.methods.transform", "METHOD")
 REWRITES: Registry[type[Rewrite]] = Registry("rewrite", "angelslim.methods.rewrite", "METHOD")
 QAT: Registry[type[Quantizer]] = Registry("quantizer", "angelslim.methods.qat", "QUANTIZER")
+
+
+def make_quantizer(name: str, options: Mapping[str, Any]) -> Quantizer:
+    """Return a quantizer with its options; an unknown name or option is a `ConfigError`."""
+    made = QAT.get(name)(options)
+    unknown = set(options) - made.reads
+    if unknown:
+        raise ConfigError(
+            f"The quantizer {name!r} has no option {min(unknown)!r}.",
+            fix=did_you_mean(min(unknown), made.reads),
+        )
+    return made

@@ -122,6 +122,10 @@ class Block:
             return None
         return self.source.checkpoint.published(layer.tensor, layer.scheme.weight, self.device)
 
+    def submodule(self, path: str) -> nn.Module:
+        """Return a module of the resident block by its full path."""
+        return self._runner.submodule(path)
+
     def parameter(self, path: str) -> Tensor:
         """Return a parameter or buffer of the resident block by its full path, as it is now."""
         module, _, leaf = path.rpartition(".")

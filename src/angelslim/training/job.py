@@ -17,23 +17,24 @@ import torch
 
 from .. import __version__
 from ..base import console, parallel
-from ..base.errors import ConfigError, DataError, SchemeError, did_you_mean
+from ..base.errors import ConfigError, DataError, did_you_mean
+from ..config import quantizers
 from ..config.recipe import Resolved
 from ..config.schema import Compression, Config
 from ..config.training import QAD, QAT, Distill, TrainerArguments
 from ..config.upstream import Stage, stages
 from ..export._checkpoint import open_any
 from ..job import device_of
-from ..methods.base import QAT as QUANTIZERS
+from ..methods.base import make_quantizer
 from ..models.loading import Source
 from ..models.select import Choice, Layer, select
 from ..numerics.distillation import Distillation
-from ..numerics.scheme import PRESETS, Quant, Scheme
+from ..numerics.scheme import PRESETS, Quant
 from ..train import TrainSettings
 
 Section = QAT | QAD | Distill
 TRAINABLE = ("all", "quant", "norm")
-ALIASES = {"bitnet": "absmean", "scale": "quant", "origin": "lm"}
+ALIASES = {"scale": "quant", "origin": "lm"}
 EPOCHS = 1.0
 RATE = 1e-4
 STACKED = "experts of a fused stack are no linear layers; they stay as they are"
@@ -161,24 +162,14 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     compression = config.compression[0]
     section = _section(compression)
     assert section is not None
-    if isinstance(section, QAT) and section.training_mode == "blockwise":
-        raise ConfigError(
-            "Training block by block is the method 'qat_blocks'.",
-            fix="See the recipe int4_qat_blocks, or use end2end.",
-        )
+    assert compression.trains, "training block by block is a method of post-training quantization"
     stage = next(each for each in stages(config) if each.kind in ("qat", "distill"))
     reference = model or config.model.model_path
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     quantizer, options, inputs = _quantizer(section, stage)
     if quantizer:
-        made = QUANTIZERS.get(quantizer)(options)
-        unknown = set(options) - made.reads
-        if unknown:
-            raise ConfigError(
-                f"The quantizer {quantizer!r} has no option {min(unknown)!r}.",
-                fix=did_you_mean(min(unknown), made.reads),
-            )
+        make_quantizer(quantizer, options)
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
     layers, skipped = _layers(source, stage) if quantizer else ((), {})
@@ -216,48 +207,15 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
     quant = plugin.quant_config if plugin else None
     special = quant.special if quant and quant.weight_quantizer == "special" else None
     if special is not None:
-        given = special.given()
-        name = str(given.pop("quant_method", "") or "")
-        name = ALIASES.get(name, name)
-        if name == "sherry" and (given.pop("M", 4), given.pop("N", 3)) != (4, 3):
-            raise ConfigError("Sherry keeps 3 of 4 weights.", fix="Set M: 4 and N: 3, or leave them out.")
-        bits = given.pop("w_bits", None)
-        options = given.pop("options", None) or {}
-        options = {**given, **options}
-        if bits is not None and "bits" in QUANTIZERS.get(name).reads:
-            options.setdefault("bits", "ternary" if bits < 2 else int(bits))
-        return name, options, None
+        return (*quantizers.special(special), None)
     if stage.scheme is not None:
-        return (*_plain(stage.scheme), stage.scheme.input)
+        return (*quantizers.plain(stage.scheme), stage.scheme.input)
     if isinstance(section, Distill):
         return "", {}, None
     raise ConfigError(
         "The recipe does not say what the weights are quantized to.",
         fix="Set plugin_config.quant_config, as the recipe seq_2bit does, or quantization.name.",
     )
-
-
-def _plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
-    """Return the quantizer with learned scales for an ordinary scheme."""
-    weight = scheme.weight
-    if scheme.input is not None and not scheme.input.dynamic:
-        raise SchemeError(
-            "Static input scales are not trained.", fix="Use a scheme with dynamic activations."
-        )
-    if weight.scale in ("e4m3", "e8m0"):
-        name = {"e4m3": "nvfp4", "e8m0": "mxfp4"}[weight.scale]
-        return "fp", {"format": name}
-    grain = weight.granularity
-    options: dict[str, Any] = {"granularity": grain.kind}
-    if grain.kind == "group":
-        options["group_size"] = grain.columns
-    if weight.format.kind == "float":
-        return "fp", {"format": "fp8", **options}
-    if not weight.symmetric:
-        raise SchemeError("Integer weights are trained symmetric.", fix="Set zero_point: false.")
-    if weight.scale == "float16":
-        options["scale_dtype"] = "float16"
-    return "int", {"bits": weight.format.bits, **options}
 
 
 def _layers(source: Source, stage: Stage) -> tuple[tuple[Layer, ...], dict[str, str]]:

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 
 from ..base.errors import ConfigError
 from ..export._checkpoint import open_any
-from ..methods.base import QAT
-from ..methods.qat.base import attach, merge, scale_parameters, set_trainable
+from ..methods.base import make_quantizer
+from ..methods.qat.base import NO_BIAS, attach, merge, scale_parameters, set_trainable
 from ..models.checkpoint import Checkpoint, TensorInfo
 from ..models.loading import Source
 from ..numerics.lowbit.record import LowBit
 from ..numerics.quantize import Quantized, fake_quantize
 from ..numerics.scheme import Quant
 from .job import TrainingJob
-
-NO_BIAS = "the bias that the quantizer adds (at most {:.1e}) is left out: this architecture has none there"
 
 
 def open_student(job: TrainingJob) -> nn.Module:
@@ -30,7 +28,7 @@ def open_student(job: TrainingJob) -> nn.Module:
     model.tie_weights()  # type: ignore[operator]
     model = model.float().requires_grad_(True)
     if job.quantizer:
-        quantizer = QAT.get(job.quantizer)(job.options)
+        quantizer = make_quantizer(job.quantizer, job.options)
         for layer in job.layers:
             linear = model.get_submodule(str(layer.module))
             assert isinstance(linear, nn.Linear), layer.name

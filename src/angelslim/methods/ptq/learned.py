@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from ...numerics.learned import Rounding, step_size
 from ...numerics.observers import make_observer
 from ...numerics.quantize import Quantized, quantize_with, scale_type
 from ...numerics.scheme import PLAIN_SCALES, Scheme, format_named
+from ._outputs import of_one_length, outputs_of
 from ._shared import InputStatistics, head_of, round_weight
 
 ITERATIONS = 200
@@ -131,7 +131,7 @@ class Learned:
             head: _watching(hessian, ranges.get(head), sums=self.start == "gptq")
             for head, hessian in hessians.items()
         }
-        aims = _outputs(block, watched)
+        aims = outputs_of(block, watched)
         for hessian in hessians.values():
             hessian.merge()
         for statistics in ranges.values():
@@ -188,7 +188,7 @@ class Learned:
         count = sum(aims[index].numel() for index in chosen)
         loss = 0.0
         with torch.enable_grad():
-            for alike in _of_one_length(chosen, aims):
+            for alike in of_one_length(chosen, aims):
                 wanted = torch.cat([aims[index] for index in alike]).to(block.device)
                 lost = (block.forward(alike).float() - wanted.float()).square().sum() / count
                 lost.backward()  # type: ignore[no-untyped-call]
@@ -236,37 +236,6 @@ def _check(scheme: Scheme) -> None:
             f"Learned rounding is for integer weights with a scale a group or channel, not for {weight}.",
             fix="Use int4_gptq's method with this scheme, or choose an integer format.",
         )
-
-
-def _outputs(block: Block, watched: Mapping[str, ObservePair]) -> list[Tensor]:
-    """Watch the linears, and return what the block shall give for each sample, in the model's own type."""
-    assert block.index is not None
-    whole = block.source.model.get_submodule(block.source.structure.blocks[block.index])
-    if block.module is not whole:  # an expert: the tokens that it was sent, its own output
-        block.compare(watched)
-        with torch.no_grad():
-            return [block.forward([index]).cpu() for index in range(block.samples)]
-    seen: list[Tensor] = []
-    handle = block.module.register_forward_hook(partial(_keep, seen))
-    try:
-        block.compare(watched)  # each sample runs twice: from its own inputs, then from the original's
-    finally:
-        handle.remove()
-    return seen[1::2]
-
-
-def _keep(seen: list[Tensor], _module: Any, _args: Any, output: Any) -> None:
-    """Keep the original's outputs, every second one; of the others only their place."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    seen.append(hidden.cpu() if len(seen) % 2 else torch.empty(0))
-
-
-def _of_one_length(chosen: Sequence[int], aims: list[Tensor]) -> list[list[int]]:
-    """Return the chosen samples, those of one length together."""
-    groups: dict[torch.Size, list[int]] = {}
-    for index in chosen:
-        groups.setdefault(aims[index].shape, []).append(index)
-    return list(groups.values())
 
 
 def _watching(

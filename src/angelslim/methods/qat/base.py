@@ -29,6 +29,7 @@ from ...numerics.quantize import Quantized
 from ._quantizer import Quantizer
 
 TRAINABLE = ("all", "quant")
+NO_BIAS = "the bias that the quantizer adds (at most {:.1e}) is left out: this architecture has none there"
 
 
 def attach(linear: nn.Linear, quantizer: Quantizer, name: str = "") -> None:

@@ -150,6 +150,16 @@ def _section(stage: Compression) -> Section | None:
     return stage.qat or stage.qad or stage.distill
 
 
+def _stage(config: Config) -> Stage:
+    found = next((each for each in stages(config) if each.kind in ("qat", "distill")), None)
+    if found is None:
+        raise ConfigError(
+            f"compression.name is {config.compression[0].name}, which trains nothing.",
+            fix="Set it to QAT, QAD or Distill.",
+        )
+    return found
+
+
 def prepare_training(resolved: Resolved, model: str | Path | None = None) -> TrainingJob:
     """Make every choice of a training run; refuse what cannot be done."""
     parallel.start()
@@ -167,24 +177,13 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
             "Training block by block is the method 'qat_blocks'.",
             fix="See the recipe int4_qat_blocks, or use end2end.",
         )
-    stage = next((each for each in stages(config) if each.kind in ("qat", "distill")), None)
-    if stage is None:
-        raise ConfigError(
-            f"compression.name is {compression.name}, which trains nothing.",
-            fix="Set it to QAT, QAD or Distill.",
-        )
+    stage = _stage(config)
     reference = model or config.model.model_path
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     quantizer, options, inputs = _quantizer(section, stage)
     if quantizer:
-        made = QUANTIZERS.get(quantizer)(options)
-        unknown = set(options) - made.reads
-        if unknown:
-            raise ConfigError(
-                f"The quantizer {quantizer!r} has no option {min(unknown)!r}.",
-                fix=did_you_mean(min(unknown), made.reads),
-            )
+        _check_options(quantizer, options)
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
     layers, skipped = _layers(source, stage) if quantizer else ((), {})
@@ -245,6 +244,16 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
         "The recipe does not say what the weights are quantized to.",
         fix="Set plugin_config.quant_config, as the recipe seq_2bit does, or quantization.name.",
     )
+
+
+def _check_options(quantizer: str, options: Mapping[str, Any]) -> None:
+    made = QUANTIZERS.get(quantizer)(options)
+    unknown = set(options) - made.reads
+    if unknown:
+        raise ConfigError(
+            f"The quantizer {quantizer!r} has no option {min(unknown)!r}.",
+            fix=did_you_mean(min(unknown), made.reads),
+        )
 
 
 def _plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import angelslim
-from angelslim.config.recipe import recipes
+from angelslim.config.recipe import load, recipes
 from common import bar, write
 
 SETTINGS = {
@@ -45,7 +45,7 @@ def main() -> None:
     """Run every recipe twice."""
     raw, bars = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in recipes():
+        for recipe in (name for name in recipes() if not load(name).config.compression[0].trains):
             results = {}
             for device in ("cpu", "cuda"):
                 out = Path(folder) / f"{recipe}-{device}"

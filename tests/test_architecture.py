@@ -342,7 +342,7 @@ def test_architecture_page_has_the_layers() -> None:
     tree = text.partition("src/angelslim/\n")[2].partition("```")[0]
     stated = {
         name.rstrip("/").removesuffix(".py"): int(layer)
-        for name, layer in re.findall(r"^  (\w+(?:\.py|/))\s+L(\d)\b", tree, re.MULTILINE)
+        for name, layer in re.findall(r"^  (\w+(?:\.py|/))\s+L(\d+)\b", tree, re.MULTILINE)
     }
     assert stated == {name: layer for name, layer in LAYERS.items() if name in stated}
     here = {top(module) for module in MODULES} - {"__init__", "__main__"} | {"recipes"}

@@ -29,14 +29,25 @@ def test_each_recipe_loads_asks_for_something_and_says_what_it_is_for(name):
     assert resolved.config.model.model_path is None
     *before, stage = stages(resolved.config)
     assert {each.kind for each in before} <= {"transform"}
-    assert stage.kind == "ptq" and stage.scheme is not None
-    assert "lm_head" in stage.ignore
+    if resolved.config.compression[0].trains:
+        assert stage.kind in ("qat", "distill") and resolved.config.dataset.share == 1.0
+    else:
+        assert stage.kind == "ptq" and stage.scheme is not None
+    assert stage.kind == "distill" or "lm_head" in stage.ignore
     assert recipes()[name].endswith((".", "size.", "time."))
     assert load(name.replace("_", "-")).config == resolved.config
 
 
+def test_a_share_of_the_data_is_for_training_and_above_zero():
+    assert load("seq_2bit", ["dataset.share=0.3"]).config.dataset.share == 0.3
+    with pytest.raises(ConfigError, match="share is 0"):
+        load("seq_2bit", ["dataset.share=0"])
+    assert any("no effect" in warning for warning in load("int4_rtn", ["dataset.share=0.3"]).warnings)
+
+
 def test_the_base_is_no_recipe_of_its_own():
-    assert "base" not in recipes()
+    assert not {"base", "qat_base"} & set(recipes())
+    assert load("qat_base").config.compression[0].trains
     assert load("base").config.dataset.num_samples == 128
 
 

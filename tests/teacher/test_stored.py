@@ -157,3 +157,17 @@ def test_the_training_loop_learns_from_it(tmp_path: Path) -> None:
     records = train(qwen3(**SMALL), stored.batch_at, loss_of, settings, tmp_path / "run", device="cpu")
     first, last = (sum(record.loss for record in part) / 7 for part in (records[:7], records[-7:]))
     assert last < 0.75 * first and set(records[0].metrics) == {"kd"}
+
+
+def test_a_share_of_the_batches_is_a_subset_of_the_larger_ones(tmp_path: Path) -> None:
+    write(tmp_path, batches=7)
+
+    def seen(share: float, seed: int = 1) -> set[bytes]:
+        teacher = StoredTeacher(tmp_path, WORDS, seed=seed, share=share)
+        batches = [teacher.batch_at(index)["input_ids"] for index in range(2 * teacher.count)]
+        kept = {batch.numpy().tobytes() for batch in batches}
+        assert len(kept) == teacher.count, "two passes over the same batches"
+        return kept
+
+    assert [len(seen(share)) for share in (0.01, 0.5, 1.0)] == [1, 3, 7]
+    assert seen(0.01) < seen(0.5) < seen(1.0) and seen(0.5, seed=2) != seen(0.5)

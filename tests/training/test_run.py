@@ -15,6 +15,7 @@ from angelslim.engine import carry_out, prepare_any
 from angelslim.evaluate.tasks import chat_prompt
 from angelslim.report.record import RunRecord
 from angelslim.train import checkpoint
+from angelslim.training.follow import Training
 from angelslim.work import tokenizer_of
 from tiny import Killed, byte_tokenizer, dies_at, fingerprints, save_qwen3
 
@@ -203,3 +204,19 @@ def test_both_modes_of_thinking_survive(tmp_path):
             right += extract_answer(text) == item.answer
             assert ("Ones:" in text) == thinking  # it thinks where it was asked to
         assert right >= 5
+
+
+def test_a_followed_training_hands_over_its_looks_as_it_goes_and_can_be_dropped(
+    tiny_folder, long_texts, tmp_path
+):
+    overrides = [f"dataset.data_path={long_texts}", *SHORT, f"{ARGS}.max_steps=25", f"{ARGS}.save_steps=5"]
+    job = prepare_any(load_recipe("seq_2bit", overrides), tiny_folder)
+    whole = [(look.step, look.dev_loss) for look in Training(job, tmp_path / "whole").looks()]
+    assert [step for step, _ in whole] == [*range(0, 25, 2), 25], "the end is always looked at"
+    dropped = Training(job, tmp_path / "dropped").looks()
+    first = [next(dropped) for _ in range(5)]
+    dropped.close()
+    steps = (tmp_path / "dropped" / "looks.json").read_text().count("dev_loss")
+    assert len(first) == 5 and steps == 5
+    again = [(look.step, look.dev_loss) for look in Training(job, tmp_path / "dropped").looks()]
+    assert again == whole, "continued from step 5, with what was seen before"

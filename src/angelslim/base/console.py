@@ -19,6 +19,7 @@ from rich.table import Table
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 log = logging.getLogger("angelslim")
+_bars: list[Progress] = []  # those on display, the outermost first
 
 
 def setup(verbose: bool = False, quiet: bool = False) -> None:
@@ -60,6 +61,14 @@ class Bar:
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Bar]:
     """Show a progress bar on a terminal, or a line at each quarter elsewhere."""
+    if _bars:  # a bar inside another is one more line of the same display
+        outer = _bars[-1]
+        task = outer.add_task(title, total=total, note="")
+        try:
+            yield Bar(outer, task, title, max(total, 1))
+        finally:
+            outer.remove_task(task)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,7 +77,11 @@ def bar(title: str, total: int) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, note=""), title, max(total, 1))
+        _bars.append(progress)
+        try:
+            yield Bar(progress, progress.add_task(title, total=total, note=""), title, max(total, 1))
+        finally:
+            _bars.remove(progress)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

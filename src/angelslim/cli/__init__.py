@@ -11,7 +11,7 @@ import typer
 
 from ..base import console
 from ..base.errors import EXIT_CODE, UserError
-from . import analyze, compress, curate, lab, look, ship
+from . import analyze, compress, curate, lab, look, ship, train
 
 app = typer.Typer(
     name="angelslim",
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Make language, vision-language and speech models small and fast, and ship them.",
     epilog="Start with: [bold]angelslim quickstart[/bold]",
 )
-for module in (compress, curate, look, analyze, ship, lab):
+for module in (compress, train, curate, look, analyze, ship, lab):
     module.register(app)
 
 

@@ -145,6 +145,15 @@ def prepared(recipe: str, rest: list[str] | None, seed: int | None) -> Job | Tra
     from ..config.recipe import load
     from ..engine import prepare_any
 
+    model, overrides = split(rest, seed)
+    resolved = load(recipe, overrides)
+    for warning in resolved.warnings:
+        console.log.warning("%s", warning)
+    return prepare_any(resolved, model)
+
+
+def split(rest: list[str] | None, seed: int | None) -> tuple[str | None, list[str]]:
+    """Return the model, if one is named first, and the overrides, that of the seed included."""
     words = list(rest or [])
     model = words.pop(0) if words and "=" not in words[0] else None
     stray = [word for word in words if "=" not in word]
@@ -153,11 +162,7 @@ def prepared(recipe: str, rest: list[str] | None, seed: int | None) -> Job | Tra
             f"{stray[0]!r} is neither the model nor an override.",
             fix="Overrides look like dataset.num_samples=64.",
         )
-    overrides = [*words, *([f"global.seed={seed}"] if seed is not None else [])]
-    resolved = load(recipe, overrides)
-    for warning in resolved.warnings:
-        console.log.warning("%s", warning)
-    return prepare_any(resolved, model)
+    return model, [*words, *([f"global.seed={seed}"] if seed is not None else [])]
 
 
 def _plan_training(job: TrainingJob, json: bool) -> None:

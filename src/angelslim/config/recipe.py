@@ -24,7 +24,7 @@ from .schema import CONFIGS, AnyConfig, Dialect, dialect_of, names_of
 from .slips import mend
 
 OVERRIDE = "override"
-_BASE = "base"  # what the recipes extend; nothing to run by itself
+_BASES = ("base", "qat_base")  # what the recipes extend; nothing to run by themselves
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def recipes() -> dict[str, str]:
     return {
         path.stem: path.read_text("utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(_recipe_folder().glob("*.yaml"))
-        if path.stem != _BASE
+        if path.stem not in _BASES
     }
 
 
@@ -103,7 +103,7 @@ def _locate(name: str, folder: Path) -> tuple[Path, str]:
     if path.is_file() or name.endswith((".yaml", ".yml")) or (path.is_dir() and "/" in name):
         return path, str(path)
     plain_name = name.replace("-", "_")
-    if plain_name in {*recipes(), _BASE}:
+    if plain_name in {*recipes(), *_BASES}:
         return _recipe_folder() / f"{plain_name}.yaml", f"recipe {plain_name}"
     if plain_name in upstream.METHODS:
         fix = "Recipes: " + ", ".join(recipes()) + "."

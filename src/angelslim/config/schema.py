@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .fields import Count, Int, Section, Size, Word, Words
+from .fields import Count, Int, Section, Share, Size, Word, Words
 from .flat import FlatConfig
 from .pruning import Compressor, ModelMapping
 from .quantization import Quantization
@@ -103,6 +103,9 @@ class Dataset(Section):
     batch_size: Count = 1
     is_sft_data: bool = False
     shuffle: bool = False
+    share: Annotated[Share, Field(gt=0)] = (
+        1.0  # ours: of the training rows; the same ones for every run of one seed
+    )
 
 
 class SpinConfig(Section):

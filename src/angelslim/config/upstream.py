@@ -357,6 +357,8 @@ def remarks(config: AnyConfig) -> list[str]:
                 f"The rotation {' and '.join(online)} is left out: it cannot be fused into the weights, and engines that "
                 "load an ordinary checkpoint do not compute it."
             )
+        if config.dataset.share < 1 and not any(stage.trains for stage in config.compression):
+            notes.append("dataset.share has no effect: nothing is trained.")
         for stage in config.compression:
             notes += _stage_remarks(stage)
     return notes

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,19 @@ def run(
     *,
     base: str | None = None,
     share_key: str | None = None,
+    merged: Callable[[dict[str, Any]], str] | None = None,
+    of: str = "",
     title: str = "sweep",
 ) -> Sweep:
     """Search, try the volumes and write the results.
 
     `base` is the recipe that the overrides change, `share_key` the override that sets the share of the data; both
-    go into ``chosen.yaml``. A folder that was begun with another search is a `ConfigError`.
+    go into ``chosen.yaml``. `merged` makes the text of that file from all overrides where extending `base` is not
+    enough. `of` identifies what is trained: a folder that was begun with another, or with another search, is a
+    `ConfigError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _same_plan(plan, folder / "plan.json")
+    _same_plan({**plan.identity(), **({"of": of} if of else {})}, folder / "plan.json")
     trials = search(plan, objective, folder)
     winner = best(trials)
     runs = _volumes(plan, winner.overrides, objective, folder)
@@ -51,18 +56,18 @@ def run(
     knobs = {name: knob.kind for name, knob in plan.search.items()}
     found = Sweep(title, knobs, trials, runs, winner.number, share, why)
     write_atomically(folder / RESULT, json.dumps(asdict(found), indent=1).encode())
-    write_atomically(folder / CHOSEN, chosen_recipe(found, base, share_key).encode())
+    write_atomically(folder / CHOSEN, chosen_recipe(found, base, share_key, merged).encode())
     write_atomically(folder / PAGE, sweep_html(found).encode())
     return found
 
 
-def _same_plan(plan: Plan, path: Path) -> None:
-    now = json.loads(json.dumps(plan.identity()))
+def _same_plan(identity: dict[str, Any], path: Path) -> None:
+    now = json.loads(json.dumps(identity))
     if not path.is_file():
         write_atomically(path, json.dumps(now, indent=1).encode())
     elif json.loads(path.read_text("utf-8")) != now:
         raise ConfigError(
-            "The folder holds a sweep of another plan.",
+            "The folder holds a sweep of another plan, recipe, model or data.",
             where=str(path.parent),
             fix="Name another folder or remove it.",
         )
@@ -113,11 +118,19 @@ def _enough(plan: Plan, runs: list[VolumeRun]) -> tuple[float, str]:
     return share, f"its dev loss {means[share]:.4f} is within {plan.tolerance:.1%} of the best, {lowest:.4f}"
 
 
-def chosen_recipe(found: Sweep, base: str | None, share_key: str | None) -> str:
+def chosen_recipe(
+    found: Sweep,
+    base: str | None,
+    share_key: str | None,
+    merged: Callable[[dict[str, Any]], str] | None = None,
+) -> str:
     """Write the chosen overrides as a recipe."""
+    head = f"# Trial {found.chosen} of {len(found.trials)}; {found.share:.0%} of the data: {found.why}.\n"
     overrides = dict(found.trials[found.chosen].overrides)
     if share_key is not None:
         overrides[share_key] = found.share
+    if merged is not None:
+        return head + merged(overrides)
     recipe: dict[str, Any] = {} if base is None else {"extends": base}
     for path, value in overrides.items():
         *sections, key = path.split(".")
@@ -125,5 +138,4 @@ def chosen_recipe(found: Sweep, base: str | None, share_key: str | None) -> str:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    head = f"# Trial {found.chosen} of {len(found.trials)}; {found.share:.0%} of the data: {found.why}.\n"
     return head + write_yaml(recipe)

@@ -175,12 +175,13 @@ class StoredTeacher:
     """Reads a folder: `batch_at` gives batches that carry their lesson, and the teacher itself hands it over.
 
     Every pass over the stored batches is another permutation of them, the first one included; all follow from
-    the seed.
+    the seed. `share` below 1 keeps that part of the batches, each a subset of the larger ones.
     """
 
-    def __init__(self, folder: Path, student: Vocabulary, *, seed: int = 0) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, student: Vocabulary, *, seed: int = 0, share: float = 1.0) -> None:
+        self.folder, self.seed, self.share = folder, seed, share
         self.manifest = read_manifest(folder)
+        self.count = max(int(self.manifest.batches * share + 1e-9), 1)  # batches in use
         require_same(self.manifest.vocabulary, student)
         missing = [n for n in range(self.manifest.shards) if not _shard(folder, n).is_file()]
         if missing:
@@ -192,8 +193,10 @@ class StoredTeacher:
 
     def batch_at(self, index: int) -> dict[str, Any]:
         """Return ``{"input_ids", "labels", "lesson"}`` of batch number `index` of the endless sequence."""
-        turn, inside = divmod(index, self.manifest.batches)
-        place = int(_order(self.manifest.batches, self.seed, turn)[inside])
+        turn, inside = divmod(index, self.count)
+        place = int(_order(self.count, self.seed, turn)[inside])
+        if self.count < self.manifest.batches:
+            place = int(_order(self.manifest.batches, self.seed, -1)[place])
         number, inside = divmod(place, self.manifest.batches_a_shard)
         rows = slice(inside * self.manifest.rows, (inside + 1) * self.manifest.rows)
         path = _shard(self.folder, number)

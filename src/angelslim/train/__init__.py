@@ -7,7 +7,7 @@ models that are spread over processes; `history` and `board` what was measured.
 from .batches import Batch, BatchAt
 from .checkpoint import CHECKPOINT
 from .history import HISTORY, StepRecord
-from .loop import Loss, LossOf, OnStep, train
+from .loop import Loss, LossOf, OnStep, stepwise, train
 from .settings import TrainSettings, rate_at
 from .sharding import whole_weights
 
@@ -22,6 +22,7 @@ __all__ = [
     "StepRecord",
     "TrainSettings",
     "rate_at",
+    "stepwise",
     "train",
     "whole_weights",
 ]

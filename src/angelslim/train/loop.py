@@ -23,8 +23,8 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,43 @@ def train(
     `whole_weights` gathers it. A loss that is no longer finite is `Diverged`, a checkpoint made with other
     settings a `ConfigError`.
     """
+    running = stepwise(
+        model,
+        batch_at,
+        loss_of,
+        settings,
+        folder,
+        lr_of=lr_of,
+        on_step=on_step,
+        undecayed=undecayed,
+        device=device,
+        title=title,
+    )
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            records: list[StepRecord] = end.value
+            return records
+
+
+def stepwise(
+    model: nn.Module,
+    batch_at: BatchAt,
+    loss_of: LossOf,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    lr_of: Callable[[str], float] | None = None,
+    on_step: OnStep | None = None,
+    undecayed: Collection[str] = (),
+    device: str = "auto",
+    title: str = "training",
+) -> Generator[int, None, list[StepRecord]]:
+    """Train as `train` does and yield the number of finished steps after each; return the records.
+
+    Closing the generator ends the training where it is; the folder keeps the last checkpoint.
+    """
     accelerator = Accelerator(cpu=device == "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     if settings.compile:
@@ -84,7 +121,7 @@ def train(
     per_step = settings.accumulation * world
     indices = range(done * per_step + accelerator.process_index, settings.steps * per_step, world)
     batches = iter(ahead(batch_at, indices, settings.workers))
-    with _stop_requests() as stop, console.bar(title, settings.steps - done) as bar:
+    with closing(history), _stop_requests() as stop, console.bar(title, settings.steps - done) as bar:
         for step in range(done, settings.steps):
             if on_step is not None:
                 on_step(step, settings.steps)
@@ -98,7 +135,7 @@ def train(
             if stopped and not finished:
                 console.log.warning("Stopped after step %d; the same command continues from here.", step + 1)
                 raise KeyboardInterrupt
-    history.close()
+            yield step + 1
     return history.records
 
 

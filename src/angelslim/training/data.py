@@ -30,10 +30,23 @@ class Data:
     dev: dict[str, Tensor]
 
 
-def open_data(tokenizer: Any, path: str | None, folder: Path, *, rows: int, length: int, seed: int) -> Data:
-    """Pack the records of a file, or the built-in ones, into `folder` once; the same call later reads them again."""
+def open_data(
+    tokenizer: Any,
+    path: str | None,
+    folder: Path,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    share: float = 1.0,
+) -> Data:
+    """Pack the records of a file, or the built-in ones, into `folder` once; the same call later reads them again.
+
+    `share` is the part of the training rows that is used. The rows held back are the same whatever it is.
+    """
     file = folder / "data.safetensors"
     if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         records = read_records(path) if path else builtin_records(seed)
         pack(tokenizer, records, path or "the built-in data").save(file)
     stream = read_stream(file)
@@ -47,7 +60,7 @@ def open_data(tokenizer: Any, path: str | None, folder: Path, *, rows: int, leng
         )
     cut = (whole - held) * length
     kept = replace(stream, tokens=stream.tokens[:cut], learnt=stream.learnt[:cut])
-    return Data(Rows(kept, rows, length, seed), _rows(stream, cut, held, length))
+    return Data(Rows(kept, rows, length, seed, share), _rows(stream, cut, held, length))
 
 
 def _rows(stream: Stream, start: int, count: int, length: int) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from ..models.loading import Source
 from ..models.select import Choice, Layer, select
 from ..numerics.distillation import Distillation
 from ..numerics.scheme import PRESETS, Quant
+from ..teacher.stored import read_manifest
 from ..train import TrainSettings
 
 Section = QAT | QAD | Distill
@@ -150,6 +151,16 @@ def _section(stage: Compression) -> Section | None:
     return stage.qat or stage.qad or stage.distill
 
 
+def _stage(config: Config) -> Stage:
+    found = next((each for each in stages(config) if each.kind in ("qat", "distill")), None)
+    if found is None:
+        raise ConfigError(
+            f"compression.name is {config.compression[0].name}, which trains nothing.",
+            fix="Set it to QAT, QAD or Distill.",
+        )
+    return found
+
+
 def prepare_training(resolved: Resolved, model: str | Path | None = None) -> TrainingJob:
     """Make every choice of a training run; refuse what cannot be done."""
     parallel.start()
@@ -163,7 +174,7 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     section = _section(compression)
     assert section is not None
     assert compression.trains, "training block by block is a method of post-training quantization"
-    stage = next(each for each in stages(config) if each.kind in ("qat", "distill"))
+    stage = _stage(config)
     reference = model or config.model.model_path
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
@@ -175,7 +186,11 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     layers, skipped = _layers(source, stage) if quantizer else ((), {})
     arguments = section.hf_args or TrainerArguments.model_validate({})
     _say_unused(resolved, arguments)
+    lessons = _lessons(section, bool(quantizer))
     data = config.dataset
+    rows, length = arguments.per_device_train_batch_size or max(data.batch_size, 1), data.max_seq_length
+    if lessons.stored:
+        rows, length = _stored(lessons, rows, length)
     if data.data_path and not Path(data.data_path).expanduser().exists() and "/" not in data.data_path:
         raise DataError(f"There is no data file {data.data_path!r}.", fix="Check dataset.data_path.")
     return TrainingJob(
@@ -189,12 +204,12 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
         layers=layers,
         skipped=skipped,
         trainable=_trainable(section, quantizer),
-        lessons=_lessons(section, bool(quantizer)),
+        lessons=lessons,
         settings=_settings(arguments, config),
         epochs=float(arguments.num_train_epochs or EPOCHS),
         warmup=float(arguments.warmup_ratio or 0.0),
-        rows=arguments.per_device_train_batch_size or max(data.batch_size, 1),
-        length=data.max_seq_length,
+        rows=rows,
+        length=length,
         fake=section.save_format == "fake",
         format=compression.quantization.format if compression.quantization else "auto",
         device=device_of(config.global_.device),
@@ -266,8 +281,21 @@ def _lessons(section: Section, quantized: bool) -> Lessons:
             )
         return Lessons(loss, 0.0, Path(section.teacher_logits).expanduser(), stored=True)
     if not named and not quantized:
-        raise ConfigError("No teacher is named.", fix="Set teacher_model_path.")
+        raise ConfigError(
+            "No teacher is named.",
+            fix="Set compression.Distill.teacher_model_path to a model, or teacher_logits to stored logits.",
+        )
     return Lessons(loss, hidden, named, own=not named)
+
+
+def _stored(lessons: Lessons, rows: int, length: int) -> tuple[int, int]:
+    """Return the rows of a batch and their length as the stored logits have them."""
+    manifest = read_manifest(Path(str(lessons.folder)))
+    if (manifest.rows, manifest.length) != (rows, length):
+        console.chose(
+            f"batches of {manifest.rows} rows of {manifest.length} tokens", "the stored logits have them"
+        )
+    return manifest.rows, manifest.length
 
 
 def _settings(given: TrainerArguments, config: Config) -> TrainSettings:

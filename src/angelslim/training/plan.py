@@ -93,11 +93,11 @@ def estimate(job: TrainingJob) -> TrainingPlan:
         weights=count,
         peak_memory=LIBRARIES + trained + teacher + 3 * logits + states,
         disk=(4 if scales else 12) * count + 2 * count + 5 * tokens,
-        seconds=_seconds(job, count, tokens) if tokens else None,
+        seconds=seconds(job, count, tokens) if tokens else None,
     )
 
 
-def _seconds(job: TrainingJob, count: int, tokens: int) -> float:
+def seconds(job: TrainingJob, count: int, tokens: int) -> float:
     """Scale a timed product to the products of all forward and backward passes, the teacher's too."""
     side = 1024
     dtype = torch.bfloat16 if job.settings.bf16 else torch.float32

@@ -50,7 +50,7 @@ class Progress:
     def before_step(self, step: int, steps: int) -> None:
         """Tell the quantizers how far the run is; look at it from time to time."""
         set_progress(self.model, step, steps)
-        if step % self.every == 0:
+        if step % self.every == 0 or step == steps:
             self.look(step)
 
     def look(self, step: int) -> None:

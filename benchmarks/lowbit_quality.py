@@ -191,8 +191,13 @@ def summarize(options: argparse.Namespace, board: Board) -> None:
     full = next((row["test"]["mean"] for row in raw["methods"] if row["method"] == "fp"), None)
     draw(raw["recovery"], full, options.results / "lowbit_quality.svg")
     left = board.open_runs(asked_runs(options))
-    failed = [path.stem for path in (board.folder / "errors").glob("*.txt")]
-    print(f"{len(rows)} results, {len(left)} runs left, failed: {failed or 'none'}; {path}", flush=True)
+    failed = [file.stem for file in (board.folder / "errors").glob("*.txt")]
+    minutes = sum(board.seconds_of(run) for run in left) / 60
+    print(
+        f"{len(rows)} results; left: {len(left)} runs, about {minutes:.1f} minutes of one worker; "
+        f"failed: {failed or 'none'}; {path}",
+        flush=True,
+    )
 
 
 def arguments() -> argparse.Namespace:

@@ -1,9 +1,9 @@
 """Text for a model that is trained from nothing: what lies in the environment's packages, in three splits.
 
-Files of Python, Markdown, reStructuredText and plain text, each content once, mixed by the hash of its name and assigned
-to train, dev or test by another hash of it, so that no file is in two splits; files that resemble each other, of one
-package say, may be. Files of tables and generated code are left
-out by their size and line length. The tokenizer (byte-level BPE) is learnt from the train split alone.
+Files of Python, Markdown, reStructuredText and plain text, each content once, mixed by the hash of their names and
+assigned to train, dev or test by another hash of them: no file is in two splits, though files that resemble each other
+may be. Tables and generated code are left out by their size and line length. The tokenizer (byte-level BPE) is learnt
+from the train split alone.
 
 The streams are flat uint16 files, every document followed by the end token. The same environment gives the same streams;
 their hash is kept, so results from two corpora cannot be mixed.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from angelslim.base.errors import DataError
 from angelslim.lab.tokenizer import END, save_tokenizer, train_tokenizer
 from angelslim.models.checkpoint import write_atomically
 
@@ -126,6 +127,8 @@ def prepare(study: Study, folder: Path, folders: list[Path] | None = None) -> di
     for split, stream in streams.items():
         if waiting[split] and stream.tokens < stream.wanted:
             stream.add(tokenizer.backend_tokenizer, waiting[split])
+        if not stream.parts:
+            raise DataError(f"No text for the {split} split.", where=", ".join(map(str, folders or roots())))
         content = np.concatenate(stream.parts)
         digest.update(content.tobytes())
         write_atomically(folder / f"{split}.bin", content.tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -36,7 +37,21 @@ def build(shape: Shape, length: int, seed: int) -> Any:
         pad_token_id=None,
         dtype="float32",
     )
-    return LlamaForCausalLM(config)
+    return fuse_norms(LlamaForCausalLM(config))
+
+
+def fuse_norms(model: Any) -> Any:
+    """Let the norms be one kernel instead of eight, forward and backward; a fifth of a small model's step."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = MethodType(_norm, module)
+    return model
+
+
+def _norm(norm: Any, hidden: Tensor) -> Tensor:
+    return functional.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def save(model: Any, folder: Path, tokenizer_folder: Path) -> None:
@@ -59,7 +74,8 @@ def open_base(folder: Path, device: str) -> Any:
     """Open a saved model with float32 weights, which training needs."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return fuse_norms(model.to(device))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ BASE_RATE = 1e-3
 BASE_SEED = 1000  # of the order of the batches before any quantization
 WARMUP = 0.05  # share of the steps
 CODE_BITS = {"minmax": 1.585, "absmean": 1.585, "twn": 1.585, "tequila": 1.585, "sherry": 1.25}
+ROOM = 8e9  # bytes of a memory disk that are worth using
 CALIBRATION = 128  # rows for GPTQ, from the train split
 
 
@@ -72,11 +74,12 @@ def perform(bench: Bench, run: Run) -> dict[str, Any]:
 
 
 def _scores(bench: Bench, model: Any, test: bool = True) -> dict[str, float]:
+    """Return the losses of dev and test; one that is not finite is left out."""
     found = {"dev": nats(model, bench.corpus.dev)}
     if test:
         found["test"] = nats(model, bench.corpus.test)
         found["bits_per_byte"] = bits_per_byte(found["test"], bench.corpus.bytes_per_token)
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _settings(bench: Bench, steps: int, rate: float, seed: int, checkpoint_every: int) -> TrainSettings:
@@ -193,7 +196,8 @@ def _trained(bench: Bench, run: Run) -> dict[str, Any]:
 def _scratch(bench: Bench, run: Run) -> Path:
     """Return a folder for the checkpoint of a run that is too short to resume: in memory where that is possible."""
     memory = Path("/dev/shm")
-    root = memory if memory.is_dir() and bench.device == "cuda" else bench.board.folder
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    root = memory if roomy and bench.device == "cuda" else bench.board.folder
     folder = root / f"angelslim-lowbit-{run.name}"
     shutil.rmtree(folder, ignore_errors=True)
     return folder

@@ -261,6 +261,7 @@ def whole(study: Study, rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]
         "methods": methods,
         "differences": differences(rows),
         "recovery": recovery(rows),
+        "diverged": sorted(name for name, row in rows.items() if "diverged" in row),
         "speed": {name: rows[name] for name in ("speed", "speed-compiled") if name in rows},
         "rows": {name: row for name, row in rows.items() if not name.startswith("speed")},
     }

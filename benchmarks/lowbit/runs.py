@@ -98,7 +98,7 @@ def _settings(bench: Bench, steps: int, rate: float, seed: int, checkpoint_every
 def _speed(bench: Bench, records: list[StepRecord]) -> dict[str, Any]:
     """Tokens a second of the whole training and its loss at some steps; other runs may share the machine."""
     seconds = sum(record.seconds for record in records)
-    every = max(len(records) // 40, 1)
+    every = max(-(-len(records) // 12), 1)
     tokens = len(records) * bench.study.rows * bench.study.length
     return {
         "tokens_per_second": round(tokens / max(seconds, 1e-9)),

@@ -115,7 +115,7 @@ def _methods() -> Iterable[Method]:
 
 METHODS = {method.name: method for method in _methods()}
 TRAINED = [method for method in METHODS.values() if method.family != "untrained"]
-POST = {"int4_rtn": "INT4 RTN, 128, untrained", "int4_gptq": "INT4 GPTQ, 128, untrained"}
+POST = {"int4_rtn": "INT4 RTN, 128", "int4_gptq": "INT4 GPTQ, 128"}
 DENSE = "dense"  # the smaller model; trained from nothing with all tokens
 TITLES = {name: m.title for name, m in METHODS.items()} | POST | {DENSE: "smaller dense model, BF16"}
 

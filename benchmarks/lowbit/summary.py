@@ -258,6 +258,7 @@ def whole(study: Study, rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]
     methods = [row for name in names if (row := method_row(rows, name)) is not None]
     raw = {
         "setting": setting(study, rows),
+        "chosen_on_dev": {family: best_of(rows, family) for family in ("tequila", "arenas")},
         "methods": methods,
         "differences": differences(rows),
         "recovery": recovery(rows),

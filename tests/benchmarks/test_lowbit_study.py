@@ -142,9 +142,10 @@ def test_transitions_count_what_left_zero_and_which_fours_changed() -> None:
 
 
 def test_fused_norms_compute_what_the_model_computes() -> None:
+    from transformers import LlamaForCausalLM
+
     from lowbit.model import build
     from lowbit.study import Shape
-    from transformers import LlamaForCausalLM
 
     fused = build(Shape(128, 2, 128), 16, seed=0)
     plain = LlamaForCausalLM(fused.config)

@@ -1,0 +1,38 @@
+"""Recovery curves: test loss against the share of the training tokens, as one SVG file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .study import TITLES
+
+
+def draw(curves: dict[str, dict[str, Any]], full: float | None, path: Path) -> bool:
+    """Write the figure; False where matplotlib is not installed or there is nothing to draw."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not curves:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        points = sorted((int(part), found) for part, found in curve.items())
+        spread = [found["sd"] or 0.0 for _, found in points]
+        shares = [part for part, _ in points]
+        axes.errorbar(
+            shares, [f["mean"] for _, f in points], yerr=spread, marker="o", capsize=3, label=TITLES[name]
+        )
+    if full is not None:
+        axes.axhline(full, linestyle=":", color="grey", label=TITLES["fp"])
+    axes.set_xlabel("share of the training tokens, %")
+    axes.set_ylabel("test nats a token")
+    axes.set_xscale("log")
+    ticks = [10, 25, 50, 100]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    return True

@@ -1,0 +1,121 @@
+"""Step time and memory of quantization-aware training beside plain bfloat16 training of the same model.
+
+Both models live in one process and take turns of a few steps; each turn gives one ratio, and their median is the figure.
+A second plain model in place of the quantized one says how much of a ratio is noise. Peak memory is the allocator's, of
+each model alone, everything included: masters, moments, activations.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from angelslim.methods.qat.base import set_progress
+from angelslim.teacher.objective import objective
+
+from .corpus import Batches
+from .model import build
+from .runs import Bench, quantize
+from .study import CE, METHODS, SPEED
+
+WARM = 8  # steps that are not timed: compilation, allocation
+STEPS = 5  # steps of a turn
+ROUNDS = 15
+
+
+class Stepper:
+    """A model and its optimizer, one step at a time, as the training loop takes them."""
+
+    def __init__(self, bench: Bench, method: str) -> None:
+        study, cuda = bench.study, bench.device == "cuda"
+        self.model = build(study.shape, study.length, seed=0).to(bench.device)
+        quantize(self.model, METHODS[method])
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, fused=cuda)
+        self.batches, self.done, self.bench = Batches(bench.corpus.train, study.rows, 0), 0, bench
+        loss_of: Callable[..., Any] = objective(None, CE)
+        self.loss_of = torch.compile(loss_of, dynamic=False) if bench.compile else loss_of
+
+    def steps(self, count: int) -> float:
+        """Take `count` steps and return the seconds they took."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            set_progress(self.model, self.done % 100, 100)
+            batch = self.batches(self.done)
+            with torch.autocast(self.bench.device, torch.bfloat16) if self.bench.bf16 else nullcontext():
+                loss = self.loss_of(self.model, batch)["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.done += 1
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.bench.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_memory(bench: Bench, method: str) -> int | None:
+    """Return the peak bytes of a model's training alone, None without a GPU."""
+    if bench.device != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    stepper = Stepper(bench, method)
+    stepper.steps(4)
+    peak = torch.cuda.max_memory_allocated() - before
+    del stepper
+    return peak
+
+
+def compare(bench: Bench, method: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Return the ratios of one method's steps to plain steps; `fp` compares plain with plain."""
+    plain, other = Stepper(bench, "fp"), Stepper(bench, method)
+    plain.steps(WARM)
+    other.steps(WARM)
+    times: list[tuple[float, float]] = []
+    for turn in range(rounds):
+        if turn % 2:
+            second, first = other.steps(STEPS), plain.steps(STEPS)
+        else:
+            first, second = plain.steps(STEPS), other.steps(STEPS)
+        times.append((first / STEPS, second / STEPS))
+    ratios = sorted(second / first for first, second in times)
+    return {
+        "ratio": statistics.median(ratios),
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "plain_seconds": statistics.median(first for first, _ in times),
+        "seconds": statistics.median(second for _, second in times),
+    }
+
+
+def measure(bench: Bench, methods: tuple[str, ...] = SPEED, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Return what ``rows/speed.json`` (or speed-compiled) holds."""
+    plain = peak_memory(bench, "fp")
+    found: dict[str, Any] = {}
+    for method in ("fp", *methods):
+        peak = peak_memory(bench, method)
+        found[method] = {**compare(bench, method, rounds), "peak_bytes": peak}
+        if peak is not None and plain:
+            found[method]["memory_ratio"] = peak / plain
+        print(f"speed {method}: {found[method]['ratio']:.3f}", flush=True)
+        gc.collect()
+        torch.compiler.reset()
+    return {
+        "kind": "speed",
+        "method": "speed",
+        "compile": bench.compile,
+        "plain_peak_bytes": plain,
+        "methods": found,
+    }

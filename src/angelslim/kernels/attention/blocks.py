@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -90,12 +91,15 @@ class BlockPlan:
 
     def density(self) -> float:
         """The pairs (query, key) that are read over the pairs that causality allows, counted token by token."""
+        return float(self.kept().mean())
+
+    def kept(self) -> Tensor:
+        """The density of each batch row and head, float64 [B, H]; on a GPU nothing waits for it."""
         area = causal_area(self.block_q, self.block_k, self.q_offset, self.kv_len, device=self.num.device)
         total = area.sum()
         listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.num[..., None]
         rows = torch.arange(self.rows, device=self.idx.device)[:, None]
-        kept = torch.where(listed, area[rows, self.idx.long()], 0).sum()
-        return float(kept / (total * self.num.shape[0] * self.num.shape[1]))
+        return torch.where(listed, area[rows, self.idx.long()], 0).sum((-1, -2)) / total.double()
 
     def to_block_mask(self, kv_start: Tensor | None = None, kv_stop: Tensor | None = None) -> BlockMask:
         """The plan for FlexAttention: listed blocks before the diagonal are full, diagonal blocks are masked.
@@ -120,16 +124,17 @@ class BlockPlan:
         if start is not None or stop is not None:
             partial = listed
         count = partial.sum(-1, dtype=torch.int32)
-        # Lists ascend, so the diagonal ends each of them and a roll brings it to the front.
+        # Lists ascend, so the diagonal ends each of them; FlexAttention wants both kinds from the front, and room
+        # for every column.
         whole = self.num - count
-        width = int(count.max())
-        ends = (whole[..., None] + torch.arange(width, device=count.device)).clamp_max(self.idx.shape[-1] - 1)
-        masked = self.idx.gather(-1, ends.long())
+        room = self.columns - self.idx.shape[-1]
+        ends = whole[..., None] + torch.arange(int(count.max()), device=count.device)
+        masked = self.idx.gather(-1, ends.clamp_max(self.idx.shape[-1] - 1).long())
         return BlockMask.from_kv_blocks(
             count,
-            masked.contiguous(),
+            pad(masked, (0, self.columns - masked.shape[-1])),
             whole,
-            self.idx,
+            pad(self.idx, (0, room)),
             BLOCK_SIZE=(self.block_q, self.block_k),
             mask_mod=allowed,
             seq_lengths=(self.q_len, self.kv_len),

@@ -108,7 +108,9 @@ class BlockPlan:
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        q_offset, start, stop = self.q_offset, kv_start, kv_stop
+        q_offset = self.q_offset
+        start = None if kv_start is None else kv_start.to(self.num.device).clone()
+        stop = None if kv_stop is None else kv_stop.to(self.num.device).clone()
 
         def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             keep = kv <= q + q_offset
@@ -120,9 +122,7 @@ class BlockPlan:
 
         listed = torch.arange(self.idx.shape[-1], device=self.idx.device) < self.num[..., None]
         first, _ = self.diagonal()
-        partial = listed & (self.idx >= first[:, None])
-        if start is not None or stop is not None:
-            partial = listed
+        partial = listed if start is not None or stop is not None else listed & (self.idx >= first[:, None])
         count = partial.sum(-1, dtype=torch.int32)
         # Lists ascend, so the diagonal ends each of them; FlexAttention wants both kinds from the front, and room
         # for every column.

@@ -27,7 +27,7 @@ def run(
     check(q, k, v, plan)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, q_len, _ = q.shape
-    groups = heads // k.shape[1]
+    grouped = (batch, k.shape[1], heads // k.shape[1], -1)
     keys, values = k.to(wide), v.to(wide)
     listed = plan.to_mask().to(q.device)
     columns = torch.arange(plan.kv_len, device=q.device)
@@ -39,15 +39,14 @@ def run(
     out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
     for row in range(plan.rows):
         tokens = slice(row * plan.block_q, min((row + 1) * plan.block_q, q_len))
-        queries = q[:, :, tokens].to(wide).unflatten(1, (-1, groups))
+        queries = q[:, :, tokens].to(wide).reshape(*grouped, q.shape[-1])
         scores = (queries @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * scaling
         positions = torch.arange(tokens.start, tokens.stop, device=q.device)[:, None] + plan.q_offset
         kept = listed[:, :, row, None, :].repeat_interleave(plan.block_k, -1)[..., : plan.kv_len]
         scores = scores.masked_fill(~(kept & (columns <= positions) & real), -torch.inf)
         weights = scores.softmax(-1).nan_to_num(0.0)  # a query without keys: zeros
-        out[:, :, tokens] = (
-            (weights.unflatten(1, (-1, groups)) @ values[:, :, None]).flatten(1, 2).to(q.dtype)
-        )
+        mixed = weights.reshape(*grouped, plan.kv_len) @ values[:, :, None]
+        out[:, :, tokens] = mixed.flatten(1, 2).to(q.dtype)
     return out
 
 

@@ -77,6 +77,6 @@ def pairs(
         allowed = allowed & (keys > queries - window)
     if real is not None:
         allowed = allowed & real.bool()[:, None, None, :]
-        # A query of padding reads its own key: what it computes is never read, but must be a number.
-        allowed = allowed | (keys == queries)
+        # Padding before the first token reads its own key: what it computes is never used, but must be a number.
+        allowed = allowed | (~allowed.any(-1, keepdim=True) & (keys == queries))
     return allowed

@@ -59,9 +59,13 @@ def pooled_scores(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
     return products(mean_q, mean_k) * ctx.scaling
 
 
-def softmax_where(scores: Tensor, allowed: Tensor) -> Tensor:
-    """The softmax over the last axis of what is allowed; rows without anything allowed are zero."""
-    return torch.softmax(scores.float().masked_fill(~allowed, -torch.inf), -1).nan_to_num(0.0)
+def softmax_where(scores: Tensor, allowed: Tensor, all_full: bool = False) -> Tensor:
+    """The softmax over the last axis of what is allowed, float32; rows without anything allowed are zero.
+
+    `all_full` promises that there are no such rows, which saves two passes over the map.
+    """
+    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), -1, dtype=torch.float32)
+    return weights if all_full else weights.nan_to_num(0.0)
 
 
 def exact_rows(q: Tensor, k: Tensor, ctx: Context, rows: int) -> tuple[Tensor, Tensor]:
@@ -78,11 +82,15 @@ def exact_rows(q: Tensor, k: Tensor, ctx: Context, rows: int) -> tuple[Tensor, T
         at = (begin - ctx.q_offset)[:, None] + torch.arange(rows, device=q.device)
         asked = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
     position = begin[:, None] + torch.arange(rows, device=q.device)
-    allowed = torch.arange(ctx.keys, device=q.device) <= position[:, :, None]
+    scores = products(asked * ctx.scaling, k)
     real = real_keys(ctx, q.device)
     if real is not None:
-        allowed = allowed & real[:, None]
-    return softmax_where(products(asked, k) * ctx.scaling, allowed[:, None]), begin
+        allowed = (torch.arange(ctx.keys, device=q.device) <= position[:, :, None]) & real[:, None]
+        return softmax_where(scores, allowed[:, None]), begin
+    # Only the last R keys are not seen by all of the last R queries: the others need no mask.
+    late = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., -rows:].masked_fill_(late, -torch.inf)
+    return torch.softmax(scores, -1, dtype=torch.float32), begin
 
 
 def diagonal_sums(weights: Tensor, begin: Tensor) -> Tensor:

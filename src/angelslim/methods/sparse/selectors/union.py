@@ -49,7 +49,7 @@ KNOWN = {
     "last_blocks": Option(2, int, 0),
     "window_blocks": Option(2, int, 1),
 }
-MAP_CELLS = 2**27
+MAP_CELLS = 2**26  # of one strip, which reads no keys after its last query
 
 
 class Union:
@@ -80,8 +80,9 @@ def cell_masses(q: Tensor, k: Tensor, ctx: Context, cells: int) -> Tensor:
     """The largest mass that a cell of each query block gives each key block by their means, float32 [B, H, nQ, nK]."""
     size = ctx.block // cells
     keys = real_keys(ctx, k.device)
-    mean_q = block_means(q, size, real_queries(ctx, q.device))
-    mean_k = block_means(k, size, keys)
+    mean_q = (block_means(q, size, real_queries(ctx, q.device)) * ctx.scaling).to(q.dtype)
+    mean_k = block_means(k, size, keys).to(k.dtype)
+    columns = -(-ctx.keys // ctx.block)
     begin = torch.arange(mean_k.shape[2], device=q.device) * size
     final = (ctx.q_offset + (torch.arange(mean_q.shape[2], device=q.device) + 1) * size).clamp_max(
         ctx.keys
@@ -91,12 +92,13 @@ def cell_masses(q: Tensor, k: Tensor, ctx: Context, cells: int) -> Tensor:
     rows = []
     for first in range(0, mean_q.shape[2], step):
         part = slice(first, min(first + step, mean_q.shape[2]))
-        allowed = begin <= final[part, None]
+        seen = min(-(-(ctx.q_offset + part.stop * size) // size), mean_k.shape[2])
+        allowed = begin[:seen] <= final[part, None]
         if filled is not None:
-            allowed = allowed & filled
-        mass = softmax_where(products(mean_q[:, :, part], mean_k) * ctx.scaling, allowed)
-        mass = blocks_of(mass, cells).sum(-1)
-        mass = F.pad(mass, (0, 0, 0, -mass.shape[2] % cells))
+            allowed = allowed & filled[..., :seen]
+        scores = products(mean_q[:, :, part], mean_k[:, :, :seen])
+        mass = blocks_of(softmax_where(scores, allowed, all_full=filled is None), cells).sum(-1)
+        mass = F.pad(mass, (0, columns - mass.shape[3], 0, -mass.shape[2] % cells))
         rows.append(split(mass, 2, cells).amax(3))
     return torch.cat(rows, 2)
 

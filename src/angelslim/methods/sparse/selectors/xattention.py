@@ -8,7 +8,7 @@ and the diagonal block before all others.
 
 The paper's code with no GPU kernel forgot all far tiles where the prompt was a multiple of its chunk, and its sink kept a row
 instead of a column; here causality is one comparison of positions, and the sink is a column. Tiles with padding are judged
-by the pairs they have. The map is made one strip of query blocks at a time, of at most `CELLS` cells.
+by the pairs they have. The map is made one strip of query blocks at a time, of at most `CELLS` cells, with no tiles after its end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .._options import Option, Settings
 from .._scores import products, softmax_where, split, token_blocks
 from ..plan import BlockPlan, Context, finish
 
-CELLS = 2**27
+CELLS = 2**26
 KNOWN = {
     "threshold": Option(0.9, float, 0.0, 1.0, heads=True),
     "stride": Option(8, int, 1),
@@ -77,15 +77,18 @@ def antidiagonal_masses(q: Tensor, k: Tensor, ctx: Context, stride: int, norm: f
         part = slice(first, min(first + step, q.shape[2]))
         tiles_q = _tiles(q[:, :, part], asked[:, part], stride, backwards=True)
         begin = ctx.q_offset + first + torch.arange(tiles_q.shape[2], device=q.device) * stride
-        allowed = torch.arange(columns, device=q.device) * stride <= begin[:, None]
-        scores = products(tiles_q, tiles_k).float() * ctx.scaling
-        if whole and (part.stop - first) % stride == 0:
-            scores = scores / (stride * norm)
+        seen = min(-(-(ctx.q_offset + part.stop) // stride), columns)
+        allowed = torch.arange(seen, device=q.device) * stride <= begin[:, None]
+        scores = products(tiles_q * (ctx.scaling / norm), tiles_k[:, :, :seen])
+        full = whole and (part.stop - first) % stride == 0
+        if full:
+            scores = scores / stride
         else:
             flags = _tiles(asked[:, None, part, None].float(), None, stride, backwards=True)
-            pairs = products(flags, found_k)
-            scores, allowed = scores / (pairs.clamp_min(1) * norm), allowed & (pairs > 0)
-        mass = F.pad(softmax_where(scores, allowed), (0, -columns % per_block))
+            pairs = products(flags, found_k[:, :, :seen])
+            scores, allowed = scores / pairs.clamp_min(1), allowed & (pairs > 0)
+        mass = softmax_where(scores, allowed, all_full=full)
+        mass = F.pad(mass, (0, columns + -columns % per_block - seen))
         mass = split(mass, 3, per_block).sum(-1)
         mass = F.pad(mass, (0, 0, 0, -mass.shape[2] % per_block))
         rows.append(split(mass, 2, per_block).sum(3))

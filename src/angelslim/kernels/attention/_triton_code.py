@@ -52,15 +52,13 @@ def forward(
     PARTS: tl.constexpr = BLOCK_Q // BLOCK_M
     SPLIT: tl.constexpr = BLOCK_K // BLOCK_N
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # long rows first
-    b = tl.program_id(1) // heads
-    h = tl.program_id(1) % heads
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     row = tile // PARTS
-    b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    q_ptr += b64 * stride_qb + h64 * stride_qh
-    k_ptr += b64 * stride_kb + (h64 // groups) * stride_kh
-    v_ptr += b64 * stride_vb + (h64 // groups) * stride_vh
-    out_ptr += b64 * stride_ob + h64 * stride_oh
-    line = b64 * stride_nb + h64 * stride_nh + row
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + (h // groups) * stride_kh
+    v_ptr += b * stride_vb + (h // groups) * stride_vh
+    out_ptr += b * stride_ob + h * stride_oh
+    line = b * stride_nb + h * stride_nh + row
     num = tl.load(num_ptr + line)
     idx_ptr += line * longest
 

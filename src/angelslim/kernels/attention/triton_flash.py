@@ -41,13 +41,12 @@ class Tiles:
     @classmethod
     def usual(cls, case: Case) -> Tiles:
         """What suits Hopper and Ampere; a benchmark may try others."""
-        wide = case.dtype == torch.float32 or case.head_dim > 128
-        return cls(
-            queries=min(case.block_q, 64 if wide else 128),
-            keys=min(case.block_k, 32 if wide else 64),
-            warps=4 if wide or case.head_dim <= 64 else 8,
-            stages=2 if wide else 3,
-        )
+        if case.dtype == torch.float32:  # products without tensor cores: registers are what is short
+            return cls(min(case.block_q, 32), min(case.block_k, 32), warps=4, stages=2)
+        if max(case.head_dim, case.value_dim) > 128:
+            return cls(min(case.block_q, 64), min(case.block_k, 32), warps=4, stages=2)
+        warps = 8 if max(case.head_dim, case.value_dim) > 64 else 4
+        return cls(min(case.block_q, 128), min(case.block_k, 64), warps=warps, stages=3)
 
 
 @functools.cache

@@ -93,8 +93,25 @@ def exact_rows(q: Tensor, k: Tensor, ctx: Context, rows: int) -> tuple[Tensor, T
     return torch.softmax(scores, -1, dtype=torch.float32), begin
 
 
-def diagonal_sums(weights: Tensor, begin: Tensor) -> Tensor:
-    """Sum weights [B, H, R, Lk] of consecutive queries by distance query - key, [B, H, Lk].
+def diagonal_sums(weights: Tensor, begin: Tensor, ctx: Context) -> Tensor:
+    """Sum weights [B, H, R, Lk] of consecutive queries, the first at `begin`, by distance query - key, [B, H, Lk].
+
+    Without padding the queries are the last ones: most diagonals cross all rows, and reading the rows with one place
+    more in each turns them into columns without a copy. The few that start beside the first rows are sheared.
+    """
+    rows, keys = weights.shape[-2:]
+    if ctx.kv_stop is not None:
+        return _sheared_sums(weights, begin)
+    first = keys - rows
+    weights = weights.contiguous()
+    size, stride = (*weights.shape[:3], first + 1), (*weights.stride()[:2], keys + 1, 1)
+    near = weights.as_strided(size, stride).sum(-2).flip(-1)
+    far = _sheared_sums(weights[..., :rows], torch.zeros_like(begin))
+    return torch.cat([near, far[..., 1:]], -1)
+
+
+def _sheared_sums(weights: Tensor, begin: Tensor) -> Tensor:
+    """`diagonal_sums` for any `begin` [B or 1].
 
     Reversed along the keys and padded, each row begins one place later when the rows are read with one place less in
     each: a diagonal is then a column, and no scatter is needed.

@@ -62,7 +62,7 @@ class FlexPrefill:
         tau = self.settings.column("tau", ctx, q)[..., 0]
         aware = (divergence(estimate(q, k, ctx, one("last", ctx)), columns) < tau)[..., None, None]
         pooled = softmax_where(pooled_scores(q, k, ctx), allowed)
-        slash = diagonal_sums(weights, begin) / weights.shape[2]
+        slash = diagonal_sums(weights, begin, ctx) / weights.shape[2]
         diagonals, apart = blocks_of(slash, ctx.block).sum(-1), block_distance(ctx, q.device)
         if density is not None:
             lines = torch.maximum(columns[:, :, None], diagonals[:, :, apart.clamp_min(0)] * (apart >= 0))

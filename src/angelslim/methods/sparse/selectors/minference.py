@@ -107,7 +107,7 @@ class MInference:
     ) -> Tensor:
         one = self.settings.one
         weights, begin = exact_rows(q, k, ctx, one("last", ctx))
-        slash = diagonal_sums(weights, begin) / weights.shape[2]
+        slash = diagonal_sums(weights, begin, ctx) / weights.shape[2]
         if score:
             columns = column_masses(weights, ctx).mean(2, keepdim=True)
             return torch.maximum(columns, spread_over_blocks(slash, ctx))

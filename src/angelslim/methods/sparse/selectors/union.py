@@ -107,7 +107,7 @@ def last_row_masses(q: Tensor, k: Tensor, ctx: Context, last: int) -> Tensor:
     """What the exact attention of the last queries says of each block, [B, H, nQ, nK]: the larger of column and diagonal."""
     weights, begin = exact_rows(q, k, ctx, last)
     columns = column_masses(weights, ctx)
-    slash = diagonal_sums(weights, begin) / weights.shape[2]
+    slash = diagonal_sums(weights, begin, ctx) / weights.shape[2]
     row = torch.arange(-(-q.shape[2] // ctx.block), device=q.device)
     final = (ctx.q_offset + (row + 1) * ctx.block).clamp_max(ctx.keys) - 1
     asking = (final >= begin[:, None])[:, None, :, None]

@@ -17,6 +17,7 @@ from angelslim.config.recipe import load, recipes
 from angelslim.config.upstream import METHODS, stages
 from angelslim.export.base import FORMATS
 from angelslim.methods.base import PTQ
+from angelslim.methods.sparse.selectors.base import SELECTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "angelslim"
@@ -136,7 +137,7 @@ def test_the_import_reader_sees_every_spelling() -> None:
     assert found == {"models.walk", "base.errors", "job", "models.loading", "numerics.scheme"}
 
 
-@pytest.mark.parametrize("folder", ["methods.ptq"])
+@pytest.mark.parametrize("folder", ["methods.ptq", "methods.sparse.selectors"])
 def test_methods_never_import_each_other(folder: str) -> None:
     inside = {name for name in MODULES if name.startswith(f"{folder}.") and not name.endswith("__init__")}
     entries = {name for name in inside if not name.rpartition(".")[2].startswith("_")}
@@ -254,9 +255,13 @@ def test_recipes_load_and_are_documented() -> None:
         assert f"`{name}`" in text, f"the recipe {name} is in no page of docs/"
 
 
-@pytest.mark.parametrize("kind", ["method", "format"])
+@pytest.mark.parametrize("kind", ["method", "format", "selector"])
 def test_entries_have_page_and_test(kind: str) -> None:
-    registry, folder = {"method": (PTQ, "methods"), "format": (FORMATS, "export")}[kind]
+    registry, folder = {
+        "method": (PTQ, "methods"),
+        "format": (FORMATS, "export"),
+        "selector": (SELECTORS, "methods/sparse/selectors"),
+    }[kind]
     text, tests = documentation(), {path.stem for path in (ROOT / "tests" / folder).rglob("test_*.py")}
     for name in registry:
         assert f"`{name}`" in text, f"the {kind} {name} is in no page of docs/"

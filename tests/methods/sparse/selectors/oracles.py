@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from angelslim.methods.sparse.plan import BlockPlan, Context
+from angelslim.methods.sparse.selectors.base import SELECTORS
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,17 @@ def blocks_of_tokens(case: Case, row: int, keep: Tensor) -> set[tuple[int, int]]
         if j <= offset + t:
             found.add((t // case.block, j // case.block))
     return found
+
+
+def check_rule(name: str, options: dict[str, Any], case: Case, rule: Callable[[int, int, int], bool]) -> None:
+    """A static pattern keeps the blocks of a rule on (batch row, position of the query, position of the key)."""
+    offset = case.keys - case.queries
+    wanted = {}
+    for b in range(case.batch):
+        tokens = [[rule(b, offset + t, j) for j in range(case.keys)] for t in range(case.queries)]
+        blocks = blocks_of_tokens(case, b, torch.tensor(tokens))
+        wanted |= {(b, h): blocks for h in range(case.heads)}
+    check(SELECTORS.get(name)(options).select(*case.tensors(), case.context()), case, wanted)
 
 
 def attention(case: Case, row: int, q: Tensor, k: Tensor, scaling: float = 0.5) -> Tensor:

@@ -88,22 +88,6 @@ def test_padding_on_the_left_changes_nothing() -> None:
             assert torch.equal(found[:, :, 3:, 3:], expected), (name, options)
 
 
-def test_the_oracle_keeps_more_mass_than_any_other() -> None:
-    case = Case(queries=512, keys=512)
-    q, k, v = case.tensors()
-    scores = (q * 2 @ k.transpose(-1, -2) * 0.5).masked_fill(~torch.ones(512, 512).bool().tril(), -torch.inf)
-    mass = torch.softmax(scores, -1).unflatten(2, (-1, 16)).unflatten(4, (-1, 16)).sum((3, 5))
-    found = {
-        name: float(
-            mass[SELECTORS.get(name)({"density": 0.25}).select(q * 2, k, v, case.context()).to_mask()].sum()
-        )
-        for name in SELECTORS
-    }
-    same_rows = {name: held for name, held in found.items() if name not in ("stem", "tri_shape", "union")}
-    assert max(same_rows, key=lambda name: same_rows[name]) == "oracle"
-    assert found["uniform"] < found["oracle"]
-
-
 def test_counts_meet_the_area() -> None:
     for length, density in ((4096, 0.05), (4096, 0.2), (4100, 0.1)):
         counts = torch.tensor(prompt_counts(32, length, density))

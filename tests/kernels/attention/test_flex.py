@@ -17,7 +17,7 @@ def one_graph_for_all_lengths() -> object:
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "_compiled", lambda: compiled)
         yield
@@ -31,6 +31,16 @@ def test_it_is_attention_over_the_listed_tokens(name: str) -> None:
     assert flex.refuses(Case.of(case.q, case.v, 16)) == ""
     out = flex.run(case.q, case.k, case.v, case.plan, scaling=0.3, kv_start=case.start, kv_stop=case.stop)
     torch.testing.assert_close(out.double().cpu(), oracle(case, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_it_never_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit of compilations PyTorch would compute something else without a word."""
+    case = make(SHAPES["grouped"], torch.float32)
+    flex.run(case.q, case.k, case.v, case.plan, scaling=0.3)
+    monkeypatch.setattr(flex, "COMPILATIONS", 1)
+    one = make(SHAPES["every head its keys"], torch.float32)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        flex.run(one.q, one.k, one.v, one.plan, scaling=0.3)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """FlexAttention, compiled: the portable kernel, for CPUs and for GPUs.
 
 PyTorch's FlexAttention visits only the listed blocks and masks only the diagonal ones. It is always compiled: without
-compilation it would hold the whole score matrix. The first call of a process compiles for several seconds. On a CPU it
-needs a C++ compiler and AVX2, and computes no gradients. Positions of a chunked prefill arrive as a tensor, so that
-later chunks need no new compilation.
+compilation it holds the whole score matrix and, worse, ignores the lists and applies the mask alone. PyTorch would fall
+back to that without an error after eight compilations of one function, so a whole graph is demanded and the limit is
+raised. The first call of a process compiles for several seconds, the second length once more, then any length runs; other
+widths, blocks and numbers of heads are compiled when they come. On a CPU it needs a C++ compiler and AVX2, and computes no
+gradients.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from torch import Tensor
 from .base import Case, Kernel, check
 from .blocks import BlockPlan
 
+COMPILATIONS = 256
+
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @functools.cache
@@ -51,7 +55,7 @@ def run(
     options: dict[str, int] = {}
     if q.device.type == "cuda" and min(plan.block_q, plan.block_k) < 128:  # tiles have to divide the blocks
         options = {"BLOCK_M": min(plan.block_q, 128), "BLOCK_N": min(plan.block_k, 64)}
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
         out: Tensor = _compiled()(
             q,
             k,

@@ -10,7 +10,7 @@ from oracles import CASES, Case, allowed, own, rows_of
 
 from angelslim.base.errors import ConfigError
 from angelslim.methods.sparse._budget import prompt_counts
-from angelslim.methods.sparse.plan import causal_area
+from angelslim.methods.sparse.plan import BlockPlan, causal_area
 from angelslim.methods.sparse.selectors.base import SELECTORS
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -127,3 +127,17 @@ def test_lists_must_fit_the_model() -> None:
             SELECTORS.get("uniform")(options).select(*case.tensors(), case.context())
     with pytest.raises(ConfigError, match="Did you mean 'stem'"):
         SELECTORS.get("stm")
+
+
+@pytest.mark.parametrize("name", list(SELECTORS))
+def test_all_is_done_on_the_queries_device_and_nothing_waits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data stand for a GPU's: mixing them with the host's, or asking for a value, is an error."""
+    monkeypatch.setattr(BlockPlan, "from_mask", classmethod(lambda cls, mask, **_: mask))
+    for case in (Case(2, 4, 2, 1000, 1000), Case(2, 4, 2, 300, 1000)):
+        tensors = [x.to("meta", torch.bfloat16) for x in case.tensors()]
+        for options in ({}, SMALL.get(name, {}), {"density": [[0.1, 0.2, 0.3, 0.4]]}):
+            mask = SELECTORS.get(name)(options).select(*tensors, case.context())
+            assert isinstance(mask, torch.Tensor) and mask.device.type == "meta"
+            assert mask.shape[:2] == (2, 4)

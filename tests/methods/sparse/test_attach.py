@@ -13,6 +13,7 @@ from torch import Tensor
 
 from angelslim.base.errors import ConfigError, ModelError
 from angelslim.kernels.attention.choose import KERNELS
+from angelslim.methods.sparse import attach as hook
 from angelslim.methods.sparse.assign import Rule, full
 from angelslim.methods.sparse.attach import NAME, Settings, attach
 from angelslim.methods.sparse.plan import BlockPlan, Context, finish
@@ -171,6 +172,22 @@ def test_scale_and_lengths_reach_the_selector() -> None:
         logits(model, ids())
     (ctx,) = seen
     assert (ctx.scaling, ctx.prompt_len, ctx.keys, ctx.q_offset, ctx.layer) == (64**-0.5, 99, LENGTH, 0, 1)
+
+
+@pytest.mark.parametrize(("found", "calls"), [(32, 2), (64, 0), (None, 0)])
+def test_a_measured_crossover(found: int | None, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find(selector: Any, kernel: Any, like: tuple[Tensor, ...], ctx: Context) -> int | None:
+        asked.append((selector, kernel.name, like[0].shape[1], ctx.layer, ctx.block))
+        return found
+
+    monkeypatch.setattr(hook, "find", find)
+    model = random_model("qwen3")
+    with attach(model, full, Settings(block=16, crossover="auto", kernel="dense")) as attached:
+        logits(model, ids())
+    assert asked == [(full, "dense", 4, 1, 16)], "once for all layers of a shape"
+    assert attached.total()["calls"] == calls
 
 
 def reasons(model: Any, settings: Settings = PLAIN, prompt: Tensor | None = None, **more: Any) -> set[str]:

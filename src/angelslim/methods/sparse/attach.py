@@ -23,17 +23,18 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...base.errors import ConfigError, ModelError
-from ...kernels.attention.base import Case
+from ...kernels.attention.base import Case, Kernel
 from ...kernels.attention.choose import KERNELS, choose
 from ._exact import EAGER_ONLY, exact
 from ._masks import mask_function, spans
 from .assign import Rule, selector_of
+from .crossover import find
 from .plan import Context, Selector
 from .stats import LayerStats, total
 
@@ -46,12 +47,12 @@ class Settings:
     """How plans are made and computed.
 
     `block` is the side of a block in tokens; prompts shorter than `crossover` tokens stay dense, since choosing blocks
-    costs more than it saves there; `kernel` names a kernel or is "auto"; `measure` records densities and times.
+    costs more than it saves there; "auto" measures that length at the first prompt (`crossover.find`). `kernel` names a kernel or is "auto"; `measure` records densities and times.
     `prompt_len` is the length of the whole prompt, where it is known and the prompt comes in chunks.
     """
 
     block: int = 128
-    crossover: int = 4096
+    crossover: int | Literal["auto"] = 4096
     kernel: str = "auto"
     measure: bool = True
     prompt_len: int | None = None
@@ -75,6 +76,7 @@ class Attached:
         self._layers = int(getattr(tower.config, "num_hidden_layers", 0))
         self._before: str = tower.config._attn_implementation
         self._selectors: dict[tuple[int, int], Selector | None] = {}
+        self._crossovers: dict[tuple[object, ...], float] = {}
         self._spans: tuple[Tensor, list[tuple[int, int]] | None] | None = None
         register()
         if any(module in _ATTACHED for module in tower.modules()):
@@ -146,6 +148,24 @@ class Attached:
                 )
         return out
 
+    def crossover(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, scaling: float) -> float:
+        """The length from which such calls are sparse: as set, or measured once with a layer from the model's middle."""
+        given, layer = self.settings.crossover, self._layers // 2
+        if given != "auto":
+            return given
+        key = (q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, q.device)
+        if key not in self._crossovers:
+            selector = self._selector(layer, q.shape[1])
+            ctx = Context(layer, self._layers, scaling, 0, k.shape[2], self.settings.block)
+            found = find(selector, kernel, (q, k, v), ctx) if selector else None
+            self._crossovers[key] = found or float("inf")
+        return self._crossovers[key]
+
+    def _selector(self, layer: int, heads: int) -> Selector | None:
+        if (layer, heads) not in self._selectors:
+            self._selectors[layer, heads] = selector_of(self.rules, layer, heads)
+        return self._selectors[layer, heads]
+
     def _rows(self, mask: Tensor) -> list[tuple[int, int]] | None:
         """The real tokens of each row; all layers of a forward share one mask, which is read once."""
         if self._spans is None or self._spans[0] is not mask:
@@ -158,20 +178,17 @@ class Attached:
         """Rows without padding: [B, Lq, H, Dv], sparse if it pays."""
         settings, stats = self.settings, self.stats[layer]
         prompt_len = max(settings.prompt_len or 0, k.shape[2])
-        key = (layer, q.shape[1])
-        if key not in self._selectors:
-            self._selectors[key] = selector_of(self.rules, *key)
-        selector = self._selectors[key]
+        selector = self._selector(layer, q.shape[1])
         kernel, why = choose(Case.of(q, v, settings.block), settings.kernel)
         reason = ""
         if q.shape[2] < min(settings.block, k.shape[2]):
             reason = "fewer queries than a block"
-        elif prompt_len < settings.crossover:
-            reason = "below the crossover length"
         elif selector is None:
             reason = "set dense"
         elif settings.kernel == "auto" and kernel.name == "dense":
             reason = f"no sparse kernel: {why}"
+        elif prompt_len < self.crossover(q, k, v, kernel, arguments["scaling"]):
+            reason = "below the crossover length"
         if reason or selector is None:
             stats.fallbacks[reason] += 1
             return exact(module, q, k, v, None, True, arguments)

@@ -218,6 +218,15 @@ def test_every_fallback_has_its_reason() -> None:
     assert attached.total()["fallbacks"] == {"gradients": 2}
 
 
+def test_images_that_see_all_of_themselves_stay_exact() -> None:
+    text = FAMILIES["gemma3"]["text_config"] | {"layer_types": ["full_attention"] * 2, "sliding_window": 256}
+    model = random_model("gemma3", text_config=text)
+    image = torch.zeros_like(ids())
+    image[0, 8:12] = 1
+    assert not torch.equal(logits(model, ids(), token_type_ids=image), logits(model, ids()))
+    assert reasons(model, token_type_ids=image) == {"a mask that is not plain causality"}
+
+
 def test_no_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "flex"):
         missing = replace(KERNELS[name], refuses=lambda case, name=name: f"no {name}")

@@ -89,7 +89,7 @@ def run(
         q, k, v, out, num, idx, bounds,
         scaling * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lists,
-        q_len, plan.q_offset, plan.rows, plan.idx.shape[-1], heads, heads // k.shape[1],
+        q_len, plan.q_offset, plan.idx.shape[-1], heads, heads // k.shape[1],
         BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         D=head_dim, DV=v.shape[-1], DIAGONAL=plan.block_q // plan.block_k + 1, PADDED=padded,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -12,7 +12,7 @@ from torch import Tensor
 from angelslim.base.errors import ConfigError
 from angelslim.methods.sparse.plan import BlockPlan
 from angelslim.methods.sparse.selectors.base import SELECTORS
-from angelslim.methods.sparse.selectors.union import Union, cell_masses, last_row_masses
+from angelslim.methods.sparse.selectors.union import Union, cell_masses, cells_for, last_row_masses
 
 
 def cells_by_hand(case: Case, row: int, q: Tensor, k: Tensor, size: int) -> list[list[float]]:
@@ -31,8 +31,8 @@ def cells_by_hand(case: Case, row: int, q: Tensor, k: Tensor, size: int) -> list
         for c, score in scores.items():
             masses[c * size // 16] += math.exp(score) / total
         i = a * size // 16
-        table[i] = [max(x, y) for x, y in zip(table[i], masses, strict=True)]
-    return table
+        table[i] = [x + y * y * size / 16 for x, y in zip(table[i], masses, strict=True)]
+    return [[math.sqrt(x) for x in line] for line in table]
 
 
 def last_by_hand(case: Case, row: int, q: Tensor, k: Tensor, last: int) -> list[list[float]]:
@@ -48,10 +48,10 @@ def last_by_hand(case: Case, row: int, q: Tensor, k: Tensor, last: int) -> list[
         ends_at = min((i + 1) * 16, case.queries) - 1
         for j in range(n):
             each = [mass[j] for mass in masses]
-            column = max(each) if ends_at >= asking[0] else sum(each) / len(each)
+            column = max(each) if ends_at >= asking[0] else 0.25 * sum(each) / len(each)
             # of the 16 pairs that a diagonal has in a row of blocks, those that lie in this block
             pairs = [offset + i * 16 + s - (j * 16 + u) for s in range(16) for u in range(16)]
-            table[i][j] = max(column, sum(slash[d] / 16 for d in pairs if 0 <= d < case.keys))
+            table[i][j] = column + 0.25 * sum(slash[d] / 16 for d in pairs if 0 <= d < case.keys)
     return table
 
 
@@ -133,6 +133,8 @@ def test_native_budget_keeps_the_last_rows_whole() -> None:
 
 
 def test_cells_must_fit() -> None:
+    assert [cells_for(128, length) for length in (8192, 65536, 131072, 10**7)] == [8, 8, 4, 1]
+    assert cells_for(20, 1000) == 4
     case = Case()
     with pytest.raises(ConfigError, match="3 cells"):
         Union({"cells": 3}).select(*case.tensors(), case.context())

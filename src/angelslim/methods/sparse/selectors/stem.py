@@ -1,4 +1,4 @@
-"""Stem: blocks by score and by what their values add, with fewer of them for late rows (AngelSlim's report, section 4).
+"""Stem: blocks by score and by what their values add, with fewer of them for late rows (arXiv 2603.06274).
 
 **Output-aware metric** (`oam`). The logit of a pair of blocks is the plain mean of XAttention's antidiagonal scores over the
 block's tiles, without a softmax, plus ``lambda * max(z, 0)``: z is the logarithm of the largest value norm of each group
@@ -13,7 +13,7 @@ a ratio and then uses the length rule all the same). n is that of the whole prom
 at once. The first `initial_blocks` and the last `window_blocks` come on top, and the first `dense_layers` layers are dense.
 
 At a density the counts keep their decay, k0 is solved for, and the blocks kept in any case are only those every method
-keeps, unless the two options are given. Standard deviations are those of the population; the report does not say.
+keeps, unless the two options are given. Details are those of its public code.
 """
 
 from __future__ import annotations

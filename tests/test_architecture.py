@@ -18,6 +18,7 @@ from angelslim.config.upstream import METHODS, stages
 from angelslim.data.curation.base import STAGES
 from angelslim.export.base import FORMATS
 from angelslim.methods.base import PTQ, QAT
+from angelslim.methods.sparse.selectors.base import SELECTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "angelslim"
@@ -140,7 +141,7 @@ def test_the_import_reader_sees_every_spelling() -> None:
     assert found == {"models.walk", "base.errors", "job", "models.loading", "numerics.scheme"}
 
 
-@pytest.mark.parametrize("folder", ["methods.ptq", "methods.qat"])
+@pytest.mark.parametrize("folder", ["methods.ptq", "methods.qat", "methods.sparse.selectors"])
 def test_methods_never_import_each_other(folder: str) -> None:
     inside = {name for name in MODULES if name.startswith(f"{folder}.") and not name.endswith("__init__")}
     entries = {name for name in inside if not name.rpartition(".")[2].startswith("_")}
@@ -258,13 +259,14 @@ def test_recipes_load_and_are_documented() -> None:
         assert f"`{name}`" in text, f"the recipe {name} is in no page of docs/"
 
 
-@pytest.mark.parametrize("kind", ["method", "quantizer", "format", "stage"])
+@pytest.mark.parametrize("kind", ["method", "quantizer", "format", "stage", "selector"])
 def test_entries_have_page_and_test(kind: str) -> None:
     places = {
         "method": (PTQ, "methods"),
         "quantizer": (QAT, "methods"),
         "format": (FORMATS, "export"),
         "stage": (STAGES, "data"),
+        "selector": (SELECTORS, "methods/sparse/selectors"),
     }
     registry, folder = places[kind]
     text, tests = documentation(), {path.stem for path in (ROOT / "tests" / folder).rglob("test_*.py")}

@@ -1,0 +1,1 @@
+"""Block-sparse attention: one plan, several kernels that all compute the same numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,4 +36,8 @@ def draw(curves: dict[str, dict[str, Any]], full: float | None, path: Path) -> b
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
+    text = re.sub(
+        r"\s*<metadata>.*?</metadata>|<!DOCTYPE.*?>\s*|<!--.*?-->\s*", "", path.read_text("utf-8"), flags=re.S
+    )
+    path.write_text(text, "utf-8")  # the data alone: no links to the programs that drew it
     return True

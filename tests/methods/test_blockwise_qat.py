@@ -11,25 +11,18 @@ from angelslim import pipeline
 from angelslim.base.errors import ConfigError, SchemeError
 from angelslim.config import quantizers
 from angelslim.config.recipe import load as load_recipe
-from angelslim.data.text import calibration_batches
 from angelslim.engine import prepare_any
 from angelslim.job import Job
 from angelslim.methods.base import PTQ, QAT, make_quantizer
 from angelslim.methods.ptq.blockwise_qat import BlockwiseQAT, mean_error, share_of_rate
-from angelslim.models.activations import ActivationStore
-from angelslim.models.block import Block
 from angelslim.models.checkpoint import UnitWriter
-from angelslim.models.loading import open_model
-from angelslim.models.select import groups_by_linear, select
-from angelslim.models.walk import BlockStream
 from angelslim.numerics.lowbit.record import LowBit
-from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import PRESETS, with_group
 from angelslim.reopen import load
 from families import save_random
 from tiny import Killed, byte_tokenizer, dies_at, fingerprints
+from walks import CPU, nearest, walk_two_blocks
 
-CPU = torch.device("cpu")
 SECTION = "compression.QAT"
 WORDS = f"{SECTION}.block_wise_config"
 SPECIAL = f"{SECTION}.plugin_config.quant_config.special"
@@ -111,56 +104,26 @@ def test_the_announced_scheme_is_what_a_quantizer_leaves():
 # ------------------------------------------------------------------------------------------ learning
 
 
-def walk_two_blocks(process, scheme):
-    """Give `process` the first two blocks of tiny-lm; return the squared error of each one's output, in float64."""
-    source = open_model("tiny-lm")
-    ids = calibration_batches(pipeline.tokenizer_of(source.folder), None, samples=12, max_length=96)
-    selection = select(source, scheme)
-    stream = BlockStream(source, ids, ActivationStore(source.folder, 1 << 30), CPU, follow_original=True)
-    stream.prepare(0)
-    lost = []
-    for index in range(2):
-        with stream.resident(index) as runner:
-            block = Block(source, index, selection.in_block(index), groups_by_linear(source), CPU, runner)
-            norms = {name: value.clone() for name, value in block.module.named_parameters() if "norm" in name}
-            dtypes = {name: value.dtype for name, value in block.module.named_parameters()}
-            aims = original_outputs(stream, index)
-            advance = block.advance
-
-            def measured(block=block, aims=aims, advance=advance):
-                found = zip(outputs(block), aims, strict=True)
-                lost.append(sum((now - aim).square().sum().item() for now, aim in found))
-                advance()
-
-            block.advance = measured  # the inputs are gone afterwards
-            process(block)
-            now = dict(block.module.named_parameters())
-            assert {name: value.dtype for name, value in now.items()} == dtypes  # ordinary again
-            assert norms and all(torch.equal(now[name], value) for name, value in norms.items())
-            assert all(value.grad is None for value in now.values())
-    return lost
-
-
-def outputs(block):
-    with torch.no_grad():
-        return [block.forward([sample]).double() for sample in range(block.samples)]
-
-
-def original_outputs(stream, index):
+def originals(stream, block):
     """The original block on the original's inputs: the second half of the stored entries."""
     count = len(stream.samples)
     with torch.no_grad():
-        return [stream._forward(index, count + sample, "silent").double() for sample in range(count)]
+        return [stream._forward(block.index, count + sample, "silent").double() for sample in range(count)]
 
 
-def nearest(block):
-    block.compare({})
-    for layer in block.layers:
-        weight = block.weight(layer)
-        rounded = quantize(weight, layer.scheme.weight, weight.dtype)
-        block.emit(layer, weight, rounded)
-        block.replace(layer, rounded.dequantize())
-    block.advance()
+def lost_by(process, scheme):
+    """What the outputs of two blocks lose; each is an ordinary block again afterwards, its norms untouched."""
+
+    def checked(block):
+        norms = {name: value.clone() for name, value in block.module.named_parameters() if "norm" in name}
+        dtypes = {name: value.dtype for name, value in block.module.named_parameters()}
+        process(block)
+        now = dict(block.module.named_parameters())
+        assert {name: value.dtype for name, value in now.items()} == dtypes
+        assert norms and all(torch.equal(now[name], value) for name, value in norms.items())
+        assert all(value.grad is None for value in now.values())
+
+    return walk_two_blocks(checked, scheme, originals)
 
 
 def first_values(method):
@@ -190,8 +153,8 @@ def test_a_trained_block_loses_less_than_an_untrained_one(name):
     method = BlockwiseQAT(
         {"quantizer": name, "quantizer_options": options, "epochs": 8, "learn_batch": 4, "weight_lr": 1e-3}
     )
-    untrained = walk_two_blocks(first_values(method), scheme)
-    trained = walk_two_blocks(method.process, scheme)
+    untrained = lost_by(first_values(method), scheme)
+    trained = lost_by(method.process, scheme)
     assert all(now < most * before for now, before in zip(trained, untrained, strict=True)), (
         trained,
         untrained,
@@ -202,8 +165,8 @@ def test_int4_is_closer_than_rounding_to_nearest():
     scheme = with_group(PRESETS["int4"], 64)
     name, options = quantizers.plain(scheme)
     method = BlockwiseQAT({"quantizer": name, "quantizer_options": options, "epochs": 4, "learn_batch": 4})
-    rounded = walk_two_blocks(nearest, scheme)
-    trained = walk_two_blocks(method.process, scheme)
+    rounded = lost_by(nearest, scheme)
+    trained = lost_by(method.process, scheme)
     assert all(now < 0.8 * before for now, before in zip(trained, rounded, strict=True)), (trained, rounded)
 
 
@@ -225,7 +188,7 @@ def test_what_gets_worse_is_not_kept(monkeypatch):
     """With a rate that ruins every weight the first values remain."""
     scheme = quantizers.scheme_of("seq", {})
     method = BlockwiseQAT({"epochs": 1, "weight_lr": 10.0, "quant_lr": 10.0})
-    assert walk_two_blocks(method.process, scheme) == walk_two_blocks(first_values(method), scheme)
+    assert lost_by(method.process, scheme) == lost_by(first_values(method), scheme)
 
 
 # ---------------------------------------------------------------------------------------------- runs

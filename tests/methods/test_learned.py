@@ -7,22 +7,16 @@ import torch
 
 from angelslim import pipeline
 from angelslim.base.errors import ConfigError, SchemeError
-from angelslim.data.text import calibration_batches
 from angelslim.methods.base import PTQ
 from angelslim.methods.ptq.learned import FROM_CODES, Learned
-from angelslim.models.activations import ActivationStore
-from angelslim.models.block import Block
 from angelslim.models.checkpoint import UnitWriter
-from angelslim.models.loading import open_model
-from angelslim.models.select import groups_by_linear, select
-from angelslim.models.walk import BlockStream
-from angelslim.numerics.quantize import quantize
 from angelslim.numerics.scheme import PRESETS, with_group
 from angelslim.reopen import load
 from families import save_random
 from tiny import Killed, byte_tokenizer, dies_at, fingerprints, job_for
+from walks import nearest, outputs, walk_two_blocks
 
-CPU = torch.device("cpu")
+INT4 = with_group(PRESETS["int4"], 64)
 SHORT = ("dataset.num_samples=6", "dataset.max_seq_length=32")
 METHOD = "compression.quantization.quant_method"
 FEW = (f"{METHOD}.iterations=6", f"{METHOD}.learn_batch=4")
@@ -48,49 +42,16 @@ def test_schemes_without_integer_rows_are_refused(name):
         Learned({}).needs_data(PRESETS[name])
 
 
-def walk_two_blocks(process):
-    """Give `process` the first two blocks of tiny-lm and their samples; return what each block lost of its output."""
-    source = open_model("tiny-lm")
-    ids = calibration_batches(pipeline.tokenizer_of(source.folder), None, samples=12, max_length=96)
-    selection = select(source, with_group(PRESETS["int4"], 64))
-    stream = BlockStream(source, ids, ActivationStore(source.folder, 1 << 30), CPU, follow_original=True)
-    stream.prepare(0)
-    lost = []
-    for index in range(2):
-        with stream.resident(index) as runner:
-            block = Block(source, index, selection.in_block(index), groups_by_linear(source), CPU, runner)
-            aims = outputs(block)  # of the original weights, on the inputs that the block has now
-            advance = block.advance
-
-            def measured(block=block, aims=aims, advance=advance):
-                found = zip(outputs(block), aims, strict=True)
-                lost.append(sum((now - aim).square().sum().item() for now, aim in found))
-                advance()
-
-            block.advance = measured  # the inputs are gone afterwards
-            process(block)
-    return lost
-
-
-def outputs(block):
-    with torch.no_grad():
-        return [block.forward([sample]).double() for sample in range(block.samples)]
-
-
-def nearest(block):
-    for layer in block.layers:
-        weight = block.weight(layer)
-        rounded = quantize(weight, layer.scheme.weight, weight.dtype)
-        block.emit(layer, weight, rounded)
-        block.replace(layer, rounded.dequantize())
-    block.advance()
+def present(_stream, block):
+    """The original weights' outputs on the inputs that the block has now."""
+    return outputs(block)
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
 def test_the_block_loses_less_than_by_rounding(start):
-    rounded = walk_two_blocks(nearest)
+    rounded = walk_two_blocks(nearest, INT4, present)
     method = Learned({"iterations": 40, "learn_from": start})
-    learned = walk_two_blocks(method.process)
+    learned = walk_two_blocks(method.process, INT4, present)
     assert learned[0] < (0.75 if start == "nearest" else 0.6) * rounded[0]
 
 

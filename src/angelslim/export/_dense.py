@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..numerics.quantize import Quantized
@@ -50,7 +49,7 @@ class Dense:
         self, name: str, weight: Quantized, scheme: Scheme, input_scale: Tensor | None
     ) -> dict[str, Tensor]:
         """Return the weight in float32, which holds every product of a code and a scale of 16 bits."""
-        return {f"{name}.weight": weight.dequantize().to(torch.float32)}
+        return {f"{name}.weight": weight.dequantize()}
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         """Return nothing: engines see an ordinary model."""

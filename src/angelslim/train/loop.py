@@ -63,8 +63,8 @@ def train(
 
     `batch_at(index)` gives batch number `index`; a step takes `accumulation` batches a process. It must be a
     pure function, and picklable where `workers` is not 0 and processes are spawned. `lr_of` scales the
-    learning rate by a parameter's name (0 freezes it); parameters named in `undecayed` have no weight decay. `on_step(step, steps)` is called in every process before each
-    step. `folder` holds the checkpoint and ``steps.jsonl``. With `fsdp` the model stays spread at the end;
+    learning rate by a parameter's name (0 freezes it); parameters named in `undecayed` have no weight decay.
+    `on_step(step, steps)` is called in every process before each step. `folder` holds the checkpoint and ``steps.jsonl``. With `fsdp` the model stays spread at the end;
     `whole_weights` gathers it. A loss that is no longer finite is `Diverged`, a checkpoint made with other
     settings a `ConfigError`.
     """

@@ -34,7 +34,6 @@ from ..teacher.stored import read_manifest
 from ..train import TrainSettings
 
 Section = QAT | QAD | Distill
-TRAINABLE = ("all", "quant", "norm")
 ALIASES = {"scale": "quant", "origin": "lm"}
 EPOCHS = 1.0
 RATE = 1e-4

@@ -1,4 +1,4 @@
-"""``lab``: train the small models: the built-in one again, and the one that benchmarks compress."""
+"""``lab``: train the small models: the built-in one again, and those that benchmarks need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..base import console
 from ..base.errors import ConfigError, did_you_mean
 
 GROUP = "Lab"
-MODELS = ("tiny-lm", "bench-lm")
+MODELS = ("tiny-lm", "bench-lm", "tiny-long")
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def _about() -> None:
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="Which model: tiny-lm or bench-lm.")],
+    name: Annotated[str, typer.Argument(help="Which model: tiny-lm, bench-lm or tiny-long.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the trained model (default: its name).")
     ] = None,
@@ -38,6 +38,7 @@ def train(
         float | None, typer.Option(help="Stop after this time (default: until trained).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    size: Annotated[str, typer.Option(help="Of tiny-long: base, or small for a CPU.")] = "base",
 ) -> None:
     """Train a small model on generated tasks and the Python library's own text.
 
@@ -45,11 +46,16 @@ def train(
     """
     if name not in MODELS:
         raise ConfigError(f"The lab has no model {name!r}.", fix=did_you_mean(name, MODELS))
-    from ..lab.bench_lm import train_bench_lm
-    from ..lab.tiny_lm import train_tiny_lm
-
     folder = out or Path(name)
-    make = train_tiny_lm if name == "tiny-lm" else train_bench_lm
-    results = make(folder, seed=seed, minutes=minutes, device=device)
+    if name == "tiny-long":
+        from ..lab.tiny_long import train_tiny_long
+
+        results = train_tiny_long(folder, seed=seed, minutes=minutes, device=device, size=size)
+    else:
+        from ..lab.bench_lm import train_bench_lm
+        from ..lab.tiny_lm import train_tiny_lm
+
+        make = train_tiny_lm if name == "tiny-lm" else train_bench_lm
+        results = make(folder, seed=seed, minutes=minutes, device=device)
     rows = [(key, value) for key, value in results.items() if isinstance(value, (int, float, str))]
     console.out.print(console.table(str(folder), ["", ""], rows))

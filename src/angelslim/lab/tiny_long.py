@@ -64,9 +64,9 @@ BASE = Size(
     context=8192,
     block=64,
     stages=(
-        Stage(256, 256, 5_000, 1.5e-3, WARM, enough=0.95, least=600),
-        Stage(1024, 128, 2_000, 1.5e-3, LONGER, enough=0.97, least=400),
-        Stage(4096, 64, 2_000, 1.5e-3, LAST),
+        Stage(256, 256, 4_000, 1.5e-3, WARM, enough=0.95, least=600),
+        Stage(1024, 128, 1_500, 1.5e-3, LONGER, enough=0.97, least=400),
+        Stage(4096, 64, 1_500, 1.5e-3, LAST),
     ),
     lengths=(512, 1024, 2048, 4096),
     examples=200,

@@ -1,0 +1,1 @@
+"""Suites of long prompts: RULER from own generators, LongBench from local files, with any attention."""

@@ -1,0 +1,174 @@
+"""A suite, run: every task at every length with every attention, one prompt at a time.
+
+The prompt is read in one forward pass that returns the last logits only, with the clock on until the first token is known
+(TTFT); the rest of the answer is decoded greedily from the cache. Attentions take turns on every prompt, so that a
+machine that slows down slows all of them, and share the prompts, so that they can be compared sample by sample.
+
+The attention is the caller's: `attend` gives a context manager for a name, whose figures say what was read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ...base import console
+from ..inference import device_of, inference, last_logits, stop_tokens
+from .base import Sample, Task, tokens_of
+
+RESAMPLES = 2000  # of the bootstrap
+WARM_UP = 1  # prompts of each task whose time does not count, while kernels are compiled
+
+
+class AttentionFigures(Protocol):
+    """What a suite asks of an attention when its prompts have been read."""
+
+    @property
+    def density(self) -> float | None:
+        """The share of the causal area that was read."""
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Dense calls by reason."""
+
+    @property
+    def selector_ms(self) -> float:
+        """Milliseconds spent choosing blocks."""
+
+    @property
+    def kernel_ms(self) -> float:
+        """Milliseconds spent in the kernel."""
+
+
+Attend = Callable[[str], AbstractContextManager[AttentionFigures]]
+
+
+@dataclass
+class Cell:
+    """One task at one length with one attention; each sample has a score from 0 to 1 and its milliseconds."""
+
+    task: str
+    length: int
+    attention: str
+    family: str = ""
+    scores: list[float] = field(default_factory=list)
+    ttft_ms: list[float] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+    selector_ms: list[float] = field(default_factory=list)
+    kernel_ms: list[float] = field(default_factory=list)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Plain values, with the mean score in percent and its 95 % interval."""
+        low, high = interval(self.scores)
+        timed = self.ttft_ms[WARM_UP:] or self.ttft_ms
+        return {
+            **asdict(self),
+            "value": 100 * float(np.mean(self.scores)),
+            "low": 100 * low,
+            "high": 100 * high,
+            "density": float(np.mean(self.densities)) if self.densities else None,
+            "ttft": float(np.median(timed)),
+        }
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean."""
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def run_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    found: Sequence[Sample],
+    length: int,
+    attentions: Sequence[str],
+    attend: Attend,
+) -> list[dict[str, Any]]:
+    """Answer every sample with every attention and return a row for each attention."""
+    cells = {name: Cell(task.name, length, name) for name in attentions}
+    stops, where = stop_tokens(model, tokenizer), device_of(model)
+    for sample in found:
+        ids = torch.tensor([tokens_of(tokenizer, sample, task.chat)], device=where)
+        for name, cell in cells.items():
+            with inference(model), attend(name) as figures:
+                written, spent = answer(model, ids, task.new_tokens, stops)
+            reply = tokenizer.decode(written, skip_special_tokens=True)
+            cell.scores.append(task.score(reply, sample))
+            cell.ttft_ms.append(spent)
+            _add(cell, figures)
+    for cell in cells.values():
+        row = cell.row()
+        console.log.info(
+            "%s, %d tokens, %s: %.1f (density %s, %.0f ms to the first token)",
+            *(cell.task, cell.length, cell.attention, row["value"]),
+            "–" if row["density"] is None else f"{row['density']:.3f}",
+            row["ttft"],
+        )
+    return [cell.row() for cell in cells.values()]
+
+
+def _add(cell: Cell, figures: AttentionFigures) -> None:
+    density = figures.density
+    if density is not None:
+        cell.densities.append(density)
+    cell.selector_ms.append(figures.selector_ms)
+    cell.kernel_ms.append(figures.kernel_ms)
+    for reason, count in figures.fallbacks.items():
+        cell.fallbacks[reason] = cell.fallbacks.get(reason, 0) + count
+
+
+def answer(model: Any, ids: torch.Tensor, new_tokens: int, stops: Sequence[int]) -> tuple[list[int], float]:
+    """Return the greedy answer to a prompt [1, T], without its stop token, and the milliseconds to its first token."""
+    begun = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True, **last_logits(model, 1))
+    token = int(output.logits[0, -1].argmax())  # waits for the device
+    spent = 1000 * (time.perf_counter() - begun)
+    written: list[int] = []
+    while token not in stops:
+        written.append(token)
+        if len(written) == new_tokens:
+            break
+        step = torch.tensor([[token]], device=ids.device)
+        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+        token = int(output.logits[0, -1].argmax())
+    return written, spent
+
+
+def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each length and attention the mean over tasks, with a bootstrap interval that resamples within tasks."""
+    found = []
+    for length, name in dict.fromkeys((row["length"], row["attention"]) for row in rows):
+        cells = [row for row in rows if (row["length"], row["attention"]) == (length, name)]
+        rng = np.random.default_rng(0)
+        means = np.mean(
+            [
+                rng.choice(np.asarray(cell["scores"]), (RESAMPLES, len(cell["scores"]))).mean(1)
+                for cell in cells
+            ],
+            axis=0,
+        )
+        low, high = np.percentile(100 * means, (2.5, 97.5))
+        densities = [cell["density"] for cell in cells if cell["density"] is not None]
+        found.append(
+            {
+                "task": "average",
+                "length": length,
+                "attention": name,
+                "value": float(np.mean([cell["value"] for cell in cells])),
+                "low": float(low),
+                "high": float(high),
+                "density": float(np.mean(densities)) if densities else None,
+                "ttft": float(np.median([cell["ttft"] for cell in cells])),
+            }
+        )
+    return found

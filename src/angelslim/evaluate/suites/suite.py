@@ -1,0 +1,107 @@
+"""The suites by name: what to measure, checked first, then measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...base.errors import ConfigError, did_you_mean
+from ..perplexity import read_text
+from ..suite import evaluation_text
+from . import longbench, ruler
+from .base import Sample, Task, samples
+from .run import Attend, averages, run_task
+
+SUITES = ("ruler", "longbench")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Which suite, at which lengths, on what: `data` is LongBench's folder, `text` the file that RULER's needles hide in."""
+
+    name: str
+    lengths: tuple[int, ...]
+    tasks: list[str] = field(default_factory=list)  # all if empty
+    count: int = 20  # samples of a task and length
+    data: Path | None = None
+    text: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.name not in SUITES:
+            raise ConfigError(f"There is no suite {self.name!r}.", fix=did_you_mean(self.name, SUITES))
+        if not self.lengths:
+            raise ConfigError("A suite needs lengths.", fix="Give --lengths, for example 4k,8k.")
+        if self.name == "longbench" and self.data is None:
+            raise ConfigError("LongBench reads local files.", fix="Name their folder with --data.")
+
+
+def lengths(words: str) -> tuple[int, ...]:
+    """Read lengths in tokens: ``4k,8k`` is 4096 and 8192."""
+    found = []
+    for word in filter(None, (part.strip().lower() for part in words.split(","))):
+        match = re.fullmatch(r"(\d+)(k?)", word)
+        if match is None or int(match[1]) == 0:
+            raise ConfigError(f"{word!r} is no length in tokens.", fix="Write 4096 or 4k.")
+        found.append(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(found)
+
+
+def samples_of(suite: Suite, tokenizer: Any, length: int) -> list[tuple[Task, list[Sample]]]:
+    """Return the tasks of one length with their samples."""
+    if suite.name == "ruler":
+        text = evaluation_text() if suite.text is None else read_text(suite.text)
+        return [
+            (task, samples(task, tokenizer, length, suite.count, suite.seed))
+            for task in ruler.tasks(tokenizer, length, text, suite.tasks)
+        ]
+    assert suite.data is not None
+    found = []
+    for name in longbench.present(suite.data, suite.tasks):
+        task = longbench_task(name)
+        kept = [
+            longbench.without_middle(tokenizer, sample, length - task.new_tokens, task.chat)
+            for sample in longbench.read(suite.data, name, suite.count)
+        ]
+        found.append((task, kept))
+    return found
+
+
+def longbench_task(name: str) -> Task:
+    """Return a task of LongBench; its samples come from a file, so it builds none."""
+
+    def build(_rng: Any, _size: int) -> Sample:
+        raise AssertionError("LongBench's samples are read, not built")
+
+    def score(reply: str, sample: Sample) -> float:
+        return longbench.score(name, reply, sample)
+
+    return Task(
+        name, build, longbench.published()[name]["new_tokens"], score, chat=name not in longbench.PLAIN
+    )
+
+
+def run_suite(
+    model: Any, tokenizer: Any, suite: Suite, attentions: Sequence[str], attend: Attend
+) -> dict[str, Any]:
+    """Measure and return plain values: a row for each task, length and attention, and the averages."""
+    prepared = [(length, samples_of(suite, tokenizer, length)) for length in suite.lengths]
+    rows = []
+    for length, tasks in prepared:
+        for task, found in tasks:
+            made = run_task(model, tokenizer, task, found, length, attentions, attend)
+            family = longbench.family_of(task.name) if suite.name == "longbench" else ""
+            rows += [{**row, "family": family} for row in made]
+    return {
+        "suite": suite.name,
+        "lengths": list(suite.lengths),
+        "attentions": list(attentions),
+        "seed": suite.seed,
+        "samples": suite.count,
+        "rows": rows,
+        "averages": averages(rows),
+    }

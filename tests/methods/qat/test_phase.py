@@ -11,7 +11,7 @@ from angelslim.methods.qat._phase import left_over, phased
 from angelslim.methods.qat.base import master_weight, merge, set_progress
 from angelslim.numerics.lowbit.record import LowBit
 
-from .helpers import EXACT, IN, NAMES, OUT, VARIANTS, inputs, linear, quantized, quantizer_of
+from .helpers import EXACT, IN, NAMES, OUT, VARIANTS, linear, quantized, quantizer_of
 
 EVERY = pytest.mark.parametrize(
     ("name", "options"),

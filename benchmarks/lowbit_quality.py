@@ -8,10 +8,12 @@ processor (4 million).
 
     python benchmarks/lowbit_quality.py --work DIR --workers 4 --budget-minutes 8     # again until nothing is left
     python benchmarks/lowbit_quality.py --work DIR --speed                            # alone on the machine
+    python benchmarks/lowbit_quality.py --work DIR --mechanisms --workers 4           # why: lowbit_mechanisms.json
     python benchmarks/lowbit_quality.py --work DIR --summary                          # the tables again
 
 Every run leaves one file in ``DIR/rows`` and is never repeated; after a kill the same command goes on. Each command ends
-with the results file of what is there so far.
+with the results file of what is there so far. Rows of an earlier machine stay in it, and are never paired with those of
+another base (`lowbit/earlier.py`).
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 from common import RESULTS, environment, write
+from lowbit import earlier
 from lowbit.board import Board, Deadline
-from lowbit.study import SEEDS, STUDIES, Run, Study, runs_of
-from lowbit.summary import tables, whole
+from lowbit.findings import findings_of
+from lowbit.study import MECHANISMS, SEEDS, STUDIES, Run, Study, runs_of
+from lowbit.summary import setting, tables, whole
 
 HERE = Path(__file__).resolve()
+DOCS = HERE.parents[1] / "docs"  # whose page on training shows the figure
 GRACE = 40  # seconds after the budget in which a run may come to its end
 
 
@@ -48,12 +53,32 @@ def study_of(options: argparse.Namespace) -> Study:
 def asked_runs(options: argparse.Namespace) -> list[Run]:
     """Return the runs that the command line asks for."""
     only = [name for name in options.only.split(",") if name]
+    if options.mechanisms:
+        only, options.seeds = list(MECHANISMS), 1
     runs = runs_of(study_of(options), SEEDS[: options.seeds], only)
     unknown = set(only) - {run.method for run in runs}
     if unknown:
         known = sorted({run.method for run in runs_of(study_of(options))})
         raise SystemExit(f"unknown in --only: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    return runs
+    skipped = earlier.finished(earlier_rows(options)) if options.missing else set()
+    if options.mechanisms:
+        runs = [run for run in runs if run.kind != "part"]
+    return [run for run in runs if run.name not in skipped]
+
+
+def earlier_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the rows of the results file that belong to this study and this corpus."""
+    meta = json.loads((options.work / "data" / "meta.json").read_text("utf-8"))
+    path = options.results / "lowbit_quality.json"
+    rows, why = earlier.read(path, setting(study_of(options), {}), meta["hash"])
+    if why and not options.worker:
+        print(f"{path} is not continued: {why}", flush=True)
+    return rows
+
+
+def board_of(options: argparse.Namespace) -> Board:
+    """Open the work folder; with the trials of the results file where those are taken over."""
+    return Board(options.work, earlier.tried(earlier_rows(options)) if options.missing else None)
 
 
 def bench_of(options: argparse.Namespace) -> Any:
@@ -70,7 +95,7 @@ def bench_of(options: argparse.Namespace) -> Any:
     transformers.utils.logging.disable_progress_bar()
     study = study_of(options)
     loaded = corpus.load(options.work / "data", study, device)
-    return Bench(study, loaded, Board(options.work), device, options.compile)
+    return Bench(study, loaded, board_of(options), device, options.compile)
 
 
 def prepare(options: argparse.Namespace, board: Board) -> None:
@@ -181,20 +206,25 @@ def summarize(options: argparse.Namespace, board: Board) -> None:
     """Write the results file, print the tables, draw the figure."""
     from lowbit.figure import draw
 
-    rows = board.rows()
+    done = board.rows()
+    rows = earlier.together(
+        earlier_rows(options), {name: {"base": None, **row} for name, row in done.items()}
+    )
     raw, bars = whole(study_of(options), rows)
     place = board.folder / "environment.json"
     raw["environment_of_runs"] = json.loads(place.read_text("utf-8")) if place.is_file() else None
     options.results.mkdir(parents=True, exist_ok=True)
+    if findings := findings_of(rows):
+        write("lowbit_mechanisms", findings, [], options.results)
     path = write("lowbit_quality", raw, bars, options.results)
     print(f"\n{tables(raw['methods'])}\n")
-    full = next((row["test"]["mean"] for row in raw["methods"] if row["method"] == "fp"), None)
-    draw(raw["recovery"], full, options.results / "lowbit_quality.svg")
+    figure = DOCS / "recovery.svg" if options.results == RESULTS else options.results / "recovery.svg"
+    draw(raw["recovery"], figure)
     left = board.open_runs(asked_runs(options))
     failed = [file.stem for file in (board.folder / "errors").glob("*.txt")]
     minutes = sum(board.seconds_of(run) for run in left) / 60
     print(
-        f"{len(rows)} results; left: {len(left)} runs, about {minutes:.1f} minutes of one worker; "
+        f"{len(done)} results here, {len(rows)} in all; left: {len(left)} runs, about {minutes:.1f} minutes of one worker; "
         f"failed: {failed or 'none'}; {path}",
         flush=True,
     )
@@ -211,6 +241,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of quantized training; the rest in proportion")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--only", default="", help="methods, with commas; the base is always there")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="leave out runs that the results file has from another base, and take over its learning rates",
+    )
+    parser.add_argument(
+        "--mechanisms", action="store_true", help="the methods of lowbit_mechanisms.json, one seed each"
+    )
     parser.add_argument("--budget-minutes", type=float, help="start no run that would end later")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of a processor's worker")
@@ -236,8 +274,9 @@ def main() -> None:
     board = Board(options.work)
     options.until = Deadline.after(options.budget_minutes).until
     if not options.summary:
-        asked_runs(options)
         prepare(options, board)
+        asked_runs(options)
+        board = board_of(options)
         if options.speed:
             measure_speed(options)
         elif options.workers > 1:

@@ -26,8 +26,9 @@ GUESS = 0.1  # seconds a step, before anything was measured
 class Board:
     """What is done, who does what."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tried: dict[str, dict[str, Any]] | None = None) -> None:
+        """`tried` are trials of an earlier machine, which count as done."""
+        self.folder, self.tried = folder, tried or {}
         for name in ("rows", "locks", "errors", "weights"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -37,10 +38,10 @@ class Board:
         try:
             return dict(json.loads(path.read_text("utf-8")))
         except FileNotFoundError:
-            return None
+            return self.tried.get(name)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Return all results by run."""
+        """Return all results of this folder by run."""
         names = sorted(path.stem for path in (self.folder / "rows").glob("*.json"))
         return {name: row for name in names if (row := self.row(name)) is not None}
 
@@ -54,7 +55,7 @@ class Board:
 
     def done(self, name: str) -> bool:
         """Say whether a run has its result."""
-        return (self.folder / "rows" / f"{name}.json").is_file()
+        return name in self.tried or (self.folder / "rows" / f"{name}.json").is_file()
 
     def open_runs(self, runs: list[Run]) -> list[Run]:
         """Return the runs without a result or a failure."""

@@ -1,4 +1,4 @@
-"""Recovery curves: test loss against the share of the training tokens, as one SVG file."""
+"""Recovery curves: what is lost against full precision, over the share of the training tokens, as one SVG file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .study import TITLES
 
 
-def draw(curves: dict[str, dict[str, Any]], full: float | None, path: Path) -> bool:
+def draw(curves: dict[str, dict[str, Any]], path: Path) -> bool:
     """Write the figure; False where matplotlib is not installed or there is nothing to draw."""
     try:
         from matplotlib.figure import Figure
@@ -26,10 +26,9 @@ def draw(curves: dict[str, dict[str, Any]], full: float | None, path: Path) -> b
         axes.errorbar(
             shares, [f["mean"] for _, f in points], yerr=spread, marker="o", capsize=3, label=TITLES[name]
         )
-    if full is not None:
-        axes.axhline(full, linestyle=":", color="grey", label=TITLES["fp"])
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("share of the training tokens, %")
-    axes.set_ylabel("test nats a token")
+    axes.set_ylabel("test nats a token over full precision")
     axes.set_xscale("log")
     ticks = [10, 25, 50, 100]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -9,11 +9,14 @@ Looked at before every fiftieth step and after the last one, over all quantized 
 ``fours_moved``  share of fours of inputs whose zero moved since the last look (3:4 sparse weights alone)
 ``rank``         effective rank of the gradient that one layer in the middle hands to its input, e to the entropy of the
                  normalised singular values (Roy & Vetterli 2007), over the tokens of a fixed batch of training rows
+``training``     loss on that batch as the run computes it, with what fades
+``exported``     loss on it without: the model that would be handed out now; the difference is what has to be unlearnt
+``pull``         of the gradient of that layer's dead weights, the share of its size that comes through Tequila's bias
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -99,24 +102,50 @@ class Watch:
             found["never_left"] = stayed_on / max(self.first_zeros, 1.0)
         if sparse:
             found["fours_moved"] = fours * FOUR / weights
-        self.looks.append(found | {"rank": self.gradient_rank()})
+        found |= self.gradients()
+        self.model.eval()
+        with self.arithmetic():
+            loss = self.model(input_ids=self.batch, labels=self.batch, use_cache=False).loss
+        self.model.train()
+        self.looks.append(found | {"exported": loss.item()})
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Compute as the run does."""
+        kind = self.batch.device.type
+        return torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext()
 
     @torch.enable_grad()
-    def gradient_rank(self) -> float:
-        """Return the effective rank of dL/dX of the middle block's up projection."""
+    def gradients(self) -> dict[str, float]:
+        """Return loss, effective rank of dL/dX of the middle block's up projection, and pull where there is a bias."""
+        self.model.train()
         blocks = self.model.model.layers
         layer: nn.Module = blocks[len(blocks) // 2].mlp.up_proj
         caught: list[Tensor] = []
-        handle = layer.register_full_backward_hook(lambda _m, grads, _o: caught.append(grads[0].detach()))
-        kind = self.batch.device.type
+        handle = layer.register_full_backward_hook(
+            lambda _m, into, out: caught.extend([into[0].detach(), out[0].detach()])
+        )
+        found: dict[str, float] = {}
         try:
-            with torch.autocast(kind, torch.bfloat16) if self.bf16 else nullcontext():
+            with self.arithmetic():
                 loss = self.model(input_ids=self.batch, labels=self.batch, use_cache=False).loss
             loss.backward()
+            for _, linear, quantizer in quantizers(layer):
+                if type(quantizer).__name__ == "Tequila":
+                    found["pull"] = pull(linear, quantizer, caught[1].flatten(0, -2).float().sum(0))
         finally:
             handle.remove()
             self.model.zero_grad(set_to_none=True)
-        return effective_rank(caught[0].flatten(0, -2))
+        return {"training": loss.item(), "rank": effective_rank(caught[0].flatten(0, -2)), **found}
+
+
+@torch.no_grad()
+def pull(linear: nn.Linear, quantizer: Any, to_bias: Tensor) -> float:
+    """Return ``|lambda b| / |g|`` over a layer's dead weights, b the bias's gradient ``[out]``, g the weights' own."""
+    weight = master_weight(linear)
+    dead = quantizer.merged(weight).codes == 0
+    through = quantizer.peak * to_bias[:, None] * dead
+    assert weight.grad is not None
+    return float(through.norm() / (weight.grad * dead).norm().clamp(min=1e-30))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import time
@@ -16,7 +17,7 @@ from torch import nn
 
 from angelslim.base.errors import ConfigError
 from angelslim.methods.base import QAT
-from angelslim.methods.qat.base import attach, merge, quantizers
+from angelslim.methods.qat.base import attach, merge, quantizers, round_inputs
 from angelslim.numerics.lowbit.record import LowBit
 from angelslim.numerics.quantize import Quantized
 from angelslim.teacher.live import frozen_copy
@@ -67,10 +68,17 @@ def perform(bench: Bench, run: Run) -> dict[str, Any]:
     work = {"base": _base, "plain": _plain, "ptq": _post_training}.get(run.kind, _trained)
     row = {"name": run.name, "kind": run.kind, "method": run.method, "seed": run.seed, "steps": run.steps}
     row |= {"corpus": bench.corpus.hash, **work(bench, run)}
+    row.setdefault("base", base_name(bench))
     row["seconds"] = round(time.perf_counter() - started, 2)
     if bench.device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
     return row
+
+
+def base_name(bench: Bench) -> str | None:
+    """Name the base that is there by a hash of its weights."""
+    path = bench.base / "model.safetensors"
+    return hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest() if path.is_file() else None
 
 
 def _scores(bench: Bench, model: Any, test: bool = True) -> dict[str, float]:
@@ -184,6 +192,9 @@ def _trained(bench: Bench, run: Run) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     looks = watch.finish(run.steps)
     merged = merge(model)
+    if method.options.get("activations") == "int8":
+        for name in merged:
+            round_inputs(model.get_submodule(name))
     row = {"rate": rate, "bits": bits, **_speed(bench, records)}
     row |= _scores(bench, model, test=run.kind != "trial")
     if run.kind == "final":

@@ -3,6 +3,10 @@
 Both models live in one process and take turns of a few steps; each turn gives one ratio, and their median is the figure.
 A second plain model in place of the quantized one says how much of a ratio is noise. Peak memory is the allocator's, of
 each model alone, everything included: masters, moments, activations.
+
+Twice: with the study's model, whose steps are short and so mostly launches, and on a GPU with layers of the width of a model
+of a billion parameters, the ratio that users see. Quantizers are one kernel each on CUDA (`methods/qat/_fused.py`); `--compile`
+compiles the whole step of both models besides.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,17 +27,20 @@ from angelslim.teacher.objective import objective
 from .corpus import Batches
 from .model import build
 from .runs import Bench, quantize
-from .study import CE, METHODS, SPEED
+from .study import CE, METHODS, SPEED, WIDE_SPEED, Shape
 
 WARM = 8  # steps that are not timed: compilation, allocation
 STEPS = 5  # steps of a turn
 ROUNDS = 15
+WIDE = Shape(2048, 4, 5632)  # layers as wide as those of a model of a billion parameters, a few of them
+WIDE_TOKENS = 8192  # of a step
 
 
 class Stepper:
     """A model and its optimizer, one step at a time, as the training loop takes them."""
 
     def __init__(self, bench: Bench, method: str) -> None:
+        torch._dynamo.config.recompile_limit = 64  # two models of one process share their code
         study, cuda = bench.study, bench.device == "cuda"
         self.model = build(study.shape, study.length, seed=0).to(bench.device)
         quantize(self.model, METHODS[method])
@@ -102,6 +110,17 @@ def compare(bench: Bench, method: str, rounds: int = ROUNDS) -> dict[str, Any]:
 
 def measure(bench: Bench, methods: tuple[str, ...] = SPEED, rounds: int = ROUNDS) -> dict[str, Any]:
     """Return what ``rows/speed.json`` (or speed-compiled) holds."""
+    row = {"kind": "speed", "method": "speed", "compile": bench.compile}
+    row |= measure_shape(bench, methods, rounds)
+    if bench.device == "cuda":
+        wide = replace(bench.study, shape=WIDE, rows=WIDE_TOKENS // bench.study.length)
+        found = measure_shape(replace(bench, study=wide), WIDE_SPEED, max(rounds // 2, 1))
+        row["wide"] = {"model": vars(WIDE), "tokens_a_step": WIDE_TOKENS, **found}
+    return row
+
+
+def measure_shape(bench: Bench, methods: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """Return the figures of one model."""
     plain = peak_memory(bench, "fp")
     found: dict[str, Any] = {}
     for method in ("fp", *methods):
@@ -112,10 +131,4 @@ def measure(bench: Bench, methods: tuple[str, ...] = SPEED, rounds: int = ROUNDS
         print(f"speed {method}: {found[method]['ratio']:.3f}", flush=True)
         gc.collect()
         torch.compiler.reset()
-    return {
-        "kind": "speed",
-        "method": "speed",
-        "compile": bench.compile,
-        "plain_peak_bytes": plain,
-        "methods": found,
-    }
+    return {"plain_peak_bytes": plain, "methods": found}

@@ -17,7 +17,24 @@ RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 PARTS = (10, 25, 50)  # per cent of the steps; 100 is the final run
 RECOVERY = ("seq2", "tequila_1e-3", "sherry_cosine", "absmean_g128")
-SPEED = ("absmean_g128", "tequila_1e-3", "sherry_cosine", "seq2", "lsq2")
+# What is said to help, its baselines, and ours: one seed with every look inside.
+MECHANISMS = (
+    "fp",
+    "absmean_g128",
+    "twn",
+    "tequila_1e-3",
+    "tequila_1e-2",
+    "tequila_1e-1",
+    "sherry_none",
+    "sherry_linear",
+    "sherry_cosine",
+    "sherry_exponential",
+    "sherry_early",
+    "sherry_phase",
+    "twn_phase",
+)
+SPEED = ("absmean_g128", "twn", "tequila_1e-3", "sherry_cosine", "seq2", "lsq2")
+WIDE_SPEED = ("absmean_g128", "tequila_1e-3", "sherry_cosine", "seq2")
 VOCABULARY = 4096
 
 Kind = Literal["base", "trial", "final", "part", "plain", "ptq"]
@@ -80,7 +97,7 @@ class Method:
 
     name: str
     title: str
-    family: Literal["full", "ternary", "tequila", "sherry", "arenas", "two", "untrained"]
+    family: Literal["full", "ternary", "tequila", "sherry", "arenas", "two", "ours", "untrained"]
     quantizer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     loss: Distillation = CE
@@ -106,6 +123,21 @@ def _methods() -> Iterable[Method]:
     both = Distillation("cakld", kd_weight=1.0, lm_weight=1.0)
     yield Method("seq2_cakld", "SEQ 2-bit, row, CE + CAKLD", "two", "seq", {"bits": 2}, both)
     yield Method("lsq2", "LSQ 2-bit, row", "two", "lsq", {"bits": 2})
+    half = {"phase_in": 0.5}
+    yield Method("sherry_phase", "ours: 3:4, rounding phased in, 128", "ours", "sherry", half)
+    yield Method("twn_phase", "ours: TWN, row, rounding phased in", "ours", "twn", half)
+    title = "ours: TWN, row, rounding phased in, CE + CAKLD"
+    yield Method("twn_phase_cakld", title, "ours", "twn", half, both)
+    title = "ours: SEQ 2-bit, row, rounding phased in, CE + CAKLD"
+    yield Method("seq2_phase_cakld", title, "ours", "seq", {"bits": 2, **half}, both)
+    early = {"anneal": "cosine", "ends": 0.5}
+    yield Method(
+        "sherry_early", "Sherry, Arenas cosine, gone at half, 128", "arenas", "sherry", early, extra=True
+    )
+    yield Method("twn_cakld", "TWN, row, CE + CAKLD", "ternary", "twn", loss=both, extra=True)
+    rounding = {"activations": "int8"}
+    title = "BitNet absmean, tensor, int8 inputs"
+    yield Method("absmean_int8", title, "ternary", "absmean", rounding, extra=True)
     yield Method("twn_g128", "TWN, 128", "ternary", "twn", group, extra=True)
     seq = {"bits": "ternary", **group}
     yield Method("seq_ternary_g128", "ParetoQ SEQ ternary, 128", "ternary", "seq", seq, extra=True)

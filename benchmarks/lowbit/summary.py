@@ -8,7 +8,8 @@ from typing import Any
 
 from common import bar
 
-from .study import DENSE, METHODS, PARTS, POST, RATES, RECOVERY, TITLES, Study, final_name, trial_name
+from .earlier import FIRST, plain_name
+from .study import DENSE, METHODS, PARTS, POST, RATES, RECOVERY, TITLES, Study
 
 Rows = Mapping[str, dict[str, Any]]
 
@@ -19,19 +20,27 @@ def mean_sd(values: list[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": sd, "each": values}
 
 
-def finals(rows: Rows, method: str, key: str = "test") -> dict[int, float]:
-    """Return seed -> a score of a method's final runs; of post-training methods, from the models trained on."""
-    if method in POST:
-        names = {seed: f"ptq-{method}-s{seed}" for seed in range(20)}
-    elif method in METHODS and METHODS[method].family == "untrained":
-        names = {0: f"plain-{method}"}
-    else:
-        names = {seed: final_name(method, seed) for seed in range(20)}
-    return {seed: rows[name][key] for seed, name in names.items() if key in rows.get(name, {})}
+Place = tuple[str, int]  # the base that a run began with, and its seed: what figures are paired by
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
-    """Return ``one - other`` paired by seed, None without a common seed."""
+def runs_by_place(rows: Rows, method: str) -> dict[Place, dict[str, Any]]:
+    """Return the final runs of a method; of post-training methods, those of the models trained on."""
+    untrained = method in METHODS and METHODS[method].family == "untrained"
+    kind = "ptq" if method in POST else "plain" if untrained else "final"
+    return {
+        (str(row.get("base") or FIRST), row["seed"]): row
+        for name, row in sorted(rows.items())
+        if row["kind"] == kind and row["method"] == method and not plain_name(name).endswith("-base")
+    }
+
+
+def finals(rows: Rows, method: str, key: str = "test") -> dict[Place, float]:
+    """Return (base, seed) -> a score of a method's final runs."""
+    return {place: row[key] for place, row in runs_by_place(rows, method).items() if key in row}
+
+
+def difference(one: Mapping[Any, float], other: Mapping[Any, float]) -> dict[str, Any] | None:
+    """Return ``one - other`` paired by base and seed, None without a common pair."""
     common = sorted(one.keys() & other.keys())
     return mean_sd([one[seed] - other[seed] for seed in common]) if common else None
 
@@ -56,24 +65,20 @@ def method_row(rows: Rows, name: str) -> dict[str, Any] | None:
         found[key] = mean_sd(list(finals(rows, name, key).values()))
     gap = difference(test, finals(rows, "fp"))
     found["gap_to_full_precision"] = gap
-    first = (
-        rows.get(final_name(name, min(test))) or rows.get(f"plain-{name}") or rows[f"ptq-{name}-s{min(test)}"]
-    )
+    found["bases"] = sorted({base for base, _ in test})
+    runs = runs_by_place(rows, name)
+    first = next((runs[place] for place in test if "looks" in runs[place]), runs[next(iter(test))])
     found["bits"] = first["bits"]
     trials = {
-        f"{rate:g}": rows[trial_name(name, rate)].get("dev")
-        for rate in RATES
-        if trial_name(name, rate) in rows
+        f"{row['rate']:g}": row.get("dev")
+        for row in rows.values()
+        if row["kind"] == "trial" and row["method"] == name
     }
     if trials:
         found |= {"rate": first["rate"], "trials_dev": trials}
     if looks := first.get("looks"):
         found["mechanism"] = {"first": looks[0], "last": looks[-1], **_means(looks[1:])}
-    without = {
-        seed: rows[final_name(name, seed)]["without_bias"]["test"]
-        for seed in test
-        if "without_bias" in rows.get(final_name(name, seed), {})
-    }
+    without = {place: runs[place]["without_bias"]["test"] for place in test if "without_bias" in runs[place]}
     if without:
         found["without_bias_minus_with"] = difference(without, test)
         found["bias_beside_output"] = first["bias"]
@@ -101,6 +106,10 @@ def differences(rows: Rows) -> list[dict[str, Any]]:
     two = ("seq2", "seq2_cakld", "lsq2")
     pairs += [(one, other) for one in two for other in ("fp", *POST, DENSE)]
     pairs += [("seq2_cakld", "seq2"), ("seq2", "lsq2")]
+    pairs += [(one, "sherry_none") for one in ("sherry_phase",)]
+    pairs += [("sherry_phase", "sherry_cosine"), ("sherry_early", "sherry_cosine")]
+    pairs += [("twn_phase", "twn"), ("twn_cakld", "twn"), ("twn_phase_cakld", "twn_cakld")]
+    pairs += [("seq2_phase_cakld", "seq2_cakld"), ("absmean_int8", "absmean_tensor")]
     found = []
     for one, other in pairs:
         gap = difference(finals(rows, one), finals(rows, other))
@@ -110,20 +119,21 @@ def differences(rows: Rows) -> list[dict[str, Any]]:
 
 
 def recovery(rows: Rows) -> dict[str, dict[str, Any]]:
-    """Return, for each method, share of the steps -> test loss."""
+    """Return, for each method, share of the steps -> test loss over the full-precision model with all steps."""
     found: dict[str, dict[str, Any]] = {}
+    full = finals(rows, "fp")
     for name in RECOVERY:
         curve = {}
         for part in PARTS:
-            losses = [
-                row["test"]
-                for seed in range(20)
-                if "test" in (row := rows.get(f"part-{name}-{part}-s{seed}", {}))
-            ]
-            if losses:
-                curve[str(part)] = mean_sd(losses)
-        if whole := finals(rows, name):
-            curve["100"] = mean_sd(list(whole.values()))
+            losses = {
+                (str(row.get("base") or FIRST), row["seed"]): row["test"]
+                for run, row in rows.items()
+                if run.startswith(f"part-{name}-{part}-") and "test" in row
+            }
+            if gap := difference(losses, full):
+                curve[str(part)] = gap
+        if gap := difference(finals(rows, name), full):
+            curve["100"] = gap
         if curve:
             found[name] = curve
     return found
@@ -133,16 +143,22 @@ def bars_of(rows: Rows) -> list[dict[str, Any]]:
     """Return what is expected to hold, each with its figure: those whose runs are there."""
     found = [*_ternary_bars(rows), *_two_bit_bars(rows)]
     for name in ("speed", "speed-compiled"):
+        how = " (compiled)" if name == "speed-compiled" else ""
         for method, row in rows.get(name, {}).get("methods", {}).items():
-            if method == "fp":
-                continue
-            how = " (compiled)" if name == "speed-compiled" else ""
-            found.append(
-                bar(f"step time over plain training{how}: {TITLES[method]}", row["ratio"], 1.25, at_most=True)
-            )
-            if "memory_ratio" in row:
-                title = f"peak memory over plain training{how}: {TITLES[method]}"
-                found.append(bar(title, row["memory_ratio"], 1.15, at_most=True))
+            if method != "fp":
+                found += _speed_bars(method, row, how)
+        for method, row in rows.get(name, {}).get("wide", {}).get("methods", {}).items():
+            if method != "fp":
+                found += _speed_bars(method, row, f"{how}, wide layers")
+    return found
+
+
+def _speed_bars(method: str, row: dict[str, Any], how: str) -> list[dict[str, Any]]:
+    title = f"step time over plain training{how}: {TITLES[method]}"
+    found = [bar(title, row["ratio"], 1.25, at_most=True)]
+    if "memory_ratio" in row:
+        title = f"peak memory over plain training{how}: {TITLES[method]}"
+        found.append(bar(title, row["memory_ratio"], 1.15, at_most=True))
     return found
 
 
@@ -171,12 +187,12 @@ def _add(found: list[dict[str, Any]], rows: Rows, one: str, other: str, said: st
 def _two_bit_bars(rows: Rows) -> list[dict[str, Any]]:
     """Where 2 bits lie on the way from INT4 (0) to the small dense model (1)."""
     found = []
-    four, dense = finals(rows, "int4_gptq"), finals(rows, DENSE)
-    for name in ("seq2", "seq2_cakld"):
-        two = finals(rows, name)
+    full = finals(rows, "fp")
+    four, dense = difference(finals(rows, "int4_gptq"), full), difference(finals(rows, DENSE), full)
+    for name in ("seq2", "seq2_cakld", "seq2_phase_cakld"):
+        two = difference(finals(rows, name), full)
         if two and four and dense:
-            ends = statistics.fmean(four.values()), statistics.fmean(dense.values())
-            place = (statistics.fmean(two.values()) - ends[0]) / (ends[1] - ends[0])
+            place = (two["mean"] - four["mean"]) / (dense["mean"] - four["mean"])
             title = f"{TITLES[name]}: place between INT4 GPTQ (0) and the dense model of its bytes (1)"
             found.append(bar(title, place, 0.25, at_most=True))
     return found
@@ -219,14 +235,21 @@ TABLE_2_END = (
     "sherry_none",
     "sherry_linear",
     "sherry_cosine",
+    "sherry_exponential",
+    "sherry_early",
+    "absmean_int8",
+    "twn_cakld",
+    "sherry_phase",
+    "twn_phase",
+    "twn_phase_cakld",
 )
-TABLE_1 = ("fp", DENSE, "int4_rtn", "int4_gptq", "seq2", "seq2_cakld", "lsq2", "rtn_2bit")
+TABLE_1 = ("fp", DENSE, "int4_rtn", "int4_gptq", "seq2", "seq2_cakld", "seq2_phase_cakld", "lsq2", "rtn_2bit")
 
 
 def tables(methods: list[dict[str, Any]]) -> str:
     """Return two Markdown tables in the order of the report's."""
     by_name = {row["method"]: row for row in methods}
-    second = (*TABLE_2, *TABLE_2_END, "sherry_exponential", "rtn_ternary")
+    second = (*TABLE_2, *TABLE_2_END, "rtn_ternary")
     return "\n\n".join(
         f"{title}\n\n{_table([by_name[name] for name in names if name in by_name])}"
         for title, names in (("Ternary (as Table 2)", second), ("Two bits (as Table 1)", TABLE_1))

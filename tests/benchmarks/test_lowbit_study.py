@@ -224,3 +224,64 @@ def test_a_final_run_takes_the_rate_that_its_trials_chose(rows: tuple[Any, dict[
     assert again["rate"] in (3e-4, 1e-3, 3e-3)
     trials = {row["rate"]: row["dev"] for name, row in found.items() if name.startswith("trial-sherry")}
     assert again["rate"] == min(trials, key=lambda rate: trials[rate])
+
+
+def test_runs_of_another_base_stay_and_are_paired_with_their_own(tmp_path: Path) -> None:
+    from lowbit import earlier
+    from lowbit.summary import difference, finals
+
+    def final(method: str, seed: int, test: float, base: str) -> dict[str, Any]:
+        return {"kind": "final", "method": method, "seed": seed, "test": test, "base": base, "corpus": "c"}
+
+    old = {"base": {"kind": "base", "method": "base"}, "trial-twn-0.001": {"kind": "trial", "method": "twn"}}
+    old |= {"final-fp-s0": final("fp", 0, 2.0, "x"), "final-twn-s0": final("twn", 0, 2.5, "x")}
+    for row in old.values():
+        row.pop("base", None)
+        row["corpus"] = "c"
+    setting = {"size": "full", "tokens_a_step": 8, "steps": {}, "model": {}}
+    path = tmp_path / "lowbit_quality.json"
+    path.write_text(
+        json.dumps({"raw": {"setting": setting, "rows": old, "speed": {"speed": {"kind": "speed"}}}})
+    )
+    held, why = earlier.read(path, setting, "c")
+    assert not why and held["final-twn-s0"]["base"] == earlier.FIRST
+    assert earlier.read(path, setting, "d") == ({}, "its corpus is c, this one's d")
+    assert earlier.read(path, {**setting, "size": "small"}, "c")[1] == "its size is full"
+    new = {"base": {"kind": "base", "method": "base", "base": "b2"}, "speed": {"kind": "speed", "ratio": 1}}
+    new |= {"final-fp-s0": final("fp", 0, 3.0, "b2"), "final-twn-s0": final("twn", 0, 3.7, "b2")}
+    rows = earlier.together(held, new)
+    assert rows["speed"] == new["speed"] and set(earlier.tried(held)) == {"trial-twn-0.001"}
+    gap = difference(finals(rows, "twn"), finals(rows, "fp"))
+    assert gap is not None and sorted(gap["each"]) == pytest.approx([0.5, 0.7])
+    assert earlier.together(rows, new) == rows, "the same again changes nothing"
+    assert earlier.finished(held) == {"trial-twn-0.001", "final-twn-s0"}
+
+
+def test_findings_hold_what_was_seen_and_what_a_run_rests_on(rows: tuple[Any, dict[str, Any]]) -> None:
+    from lowbit.findings import findings_of
+
+    found = findings_of(rows[1])
+    answers = {name: row for each in found["questions"] for name, row in each["methods"].items()}
+    assert answers["tequila_1e-1"]["means"]["pull"] > 0
+    assert answers["sherry_cosine"]["to_unlearn"]["curve"][-1][1] == pytest.approx(0.0, abs=1e-6)
+    assert {"fp", "tequila_1e-1", "sherry_cosine"} == set(found["gaps"])
+    assert findings_of({}) == {}
+
+
+def test_pull_is_the_bias_share_of_the_gradient() -> None:
+    from angelslim.methods.base import QAT
+    from angelslim.methods.qat.base import attach, master_weight
+    from lowbit.mechanisms import pull
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(128, 4, bias=False)
+    attach(layer, QAT.get("tequila")({"lambda": 0.5}))
+    x, grad = torch.randn(6, 128), torch.randn(6, 4)
+    layer(x).backward(grad)
+    weight = master_weight(layer)
+    dead = (weight.abs() < weight.abs().mean(1, keepdim=True) / 2).double()
+    through = 0.5 * grad.double().sum(0)[:, None] * dead
+    whole = (grad.double().T @ x.double()) * dead + through
+    quantizer = layer.parametrizations.weight[0]
+    found = pull(layer, quantizer, grad.sum(0))
+    assert found == pytest.approx(float(through.norm() / whole.norm()), rel=1e-4)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,8 +180,40 @@ def test_empty_documents_are_one_error(tiny_folder, tmp_path):
 
 
 def test_arguments_without_effect_are_said(tiny_folder, long_texts, tmp_path):
-    record = train(tiny_folder, "seq_2bit", long_texts, tmp_path / "out", f"{ARGS}.neftune_noise_alpha=5")
-    assert any("neftune_noise_alpha has no effect" in warning for warning in record.warnings)
+    words = (f"{ARGS}.neftune_noise_alpha=5", f"{ARGS}.data_seed=3")
+    record = train(tiny_folder, "seq_2bit", long_texts, tmp_path / "out", *words)
+    for name in ("neftune_noise_alpha", "data_seed"):
+        assert any(f"{name} has no effect" in warning for warning in record.warnings)
+
+
+def test_two_processes_with_spread_weights_equal_one(tiny_folder, long_texts, tmp_path):
+    """The command line, started by torchrun with FSDP2: two rows of each process are four rows of one."""
+    words = [
+        f"dataset.data_path={long_texts}",
+        "evaluation.enabled=false",
+        "global.device=cpu",
+        "dataset.max_seq_length=32",
+        f"{ARGS}.max_steps=4",
+        f"{ARGS}.fsdp=full_shard",
+        f"{ARGS}.per_device_train_batch_size=2",
+    ]
+    for processes in (1, 2):
+        each = f"{ARGS}.gradient_accumulation_steps={2 // processes}"
+        out = str(tmp_path / f"by{processes}")
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        start = start if processes == 2 else [sys.executable, "-m"]
+        done = subprocess.run(
+            [*start, "angelslim", "run", "sherry", str(tiny_folder), *words, each, "--out", out],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (RunRecord.load(tmp_path / f"by{processes}") for processes in (1, 2))
+    losses = [[step["loss"] for step in record.training["steps"]] for record in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    models = [angelslim.load(tmp_path / f"by{processes}") for processes in (1, 2)]
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    differing = [(a != b).float().mean().item() for a, b in pairs]
+    assert max(differing) < 0.01, "a code at a threshold may differ, no more"
 
 
 def test_a_bias_without_a_place_is_left_out_and_said(tiny_folder, long_texts, tmp_path):

@@ -21,7 +21,7 @@ from ..base import console
 from ..base.errors import ConfigError, Diverged
 from ..config.files import write_yaml
 from ..models.checkpoint import write_atomically
-from ..report.sweep import Sweep, VolumeRun, sweep_html
+from ..report.sweep import Sweep, Trial, VolumeRun, sweep_html
 from .space import Plan
 from .study import Budget, Objective, best, search
 
@@ -50,7 +50,7 @@ def run(
     _same_plan({**plan.identity(), **({"of": of} if of else {})}, folder / "plan.json")
     trials = search(plan, objective, folder)
     winner = best(trials)
-    runs = _volumes(plan, winner.overrides, objective, folder)
+    runs = _volumes(plan, winner, objective, folder)
     share, why = _enough(plan, runs)
     console.chose(f"{share:.0%} of the data", why)
     knobs = {name: knob.kind for name, knob in plan.search.items()}
@@ -73,17 +73,23 @@ def _same_plan(identity: dict[str, Any], path: Path) -> None:
         )
 
 
-def _volumes(plan: Plan, overrides: dict[str, Any], objective: Objective, folder: Path) -> list[VolumeRun]:
-    """Train the winner on every share of the data with every seed; finished runs are kept in ``volumes.json``."""
+def _volumes(plan: Plan, winner: Trial, objective: Objective, folder: Path) -> list[VolumeRun]:
+    """Train the winner on every share of the data with every seed; finished runs are kept in ``volumes.json``.
+
+    The smallest share with the first seed is what the search trained: that run is taken as it is.
+    """
     path = folder / "volumes.json"
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    searched = json.dumps([winner.overrides, min(plan.volumes), plan.seed], sort_keys=True)
+    kept.setdefault(searched, list(winner.curve.items()))
     found = []
     for share in plan.volumes:
         for seed in range(plan.seed, plan.seed + plan.seeds):
-            name = json.dumps([overrides, share, seed], sort_keys=True)
+            name = json.dumps([winner.overrides, share, seed], sort_keys=True)
             if name not in kept:
                 number = f"{len(kept):03d}"
-                kept[name] = _losses(objective(overrides, Budget(share, seed, folder / "volumes" / number)))
+                budget = Budget(share, seed, folder / "volumes" / number)
+                kept[name] = _losses(objective(winner.overrides, budget))
                 write_atomically(path, json.dumps(kept, indent=1).encode())
             found.append(VolumeRun(share, seed, {int(step): loss for step, loss in kept[name]}))
     return found

@@ -53,7 +53,6 @@ READ = frozenset(  # arguments of the training loop that have an effect here
         "gradient_checkpointing",
         "bf16",
         "seed",
-        "data_seed",
         "save_steps",
         "dataloader_num_workers",
         "report_to",

@@ -34,3 +34,18 @@ def test_groups_without_a_bias_are_tequila_without_lambda():
     for layer in (own, other):
         layer(inputs()).square().sum().backward()
     assert torch.equal(master_weight(own).grad, master_weight(other).grad)
+
+
+def test_int8_inputs_are_those_of_a_slow_twin_and_leave_with_the_quantizer():
+    layer = quantized("absmean", {"activations": "int8"})
+    x = inputs().requires_grad_(True)
+    twin = torch.zeros(x.shape, dtype=torch.float64)
+    for row, line in enumerate(x.tolist()):
+        step = max(map(abs, line)) / 127
+        twin[row] = torch.tensor([step * round(value / step) for value in line], dtype=torch.float64)
+    out = layer(x)
+    assert torch.allclose(out.double(), twin @ layer.weight.double().T, rtol=1e-4, atol=1e-5)
+    out.sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand_as(x), atol=1e-6), "straight through"
+    merge(layer)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight))

@@ -1,6 +1,7 @@
 """How strong an addition that must be gone in the end is, from optimizer step to optimizer step.
 
-Over the first `warmup` share of the steps it rises linearly from 0 to its peak, then it falls to exactly 0:
+Over the first `warmup` share of the steps it rises linearly from 0 to its peak, then it falls to exactly 0, which it
+reaches at the share `ends` and keeps:
 
 ===============  ================================================
 ``linear``       ``1 - p``
@@ -21,8 +22,8 @@ KINDS = ("linear", "cosine", "exponential", "none")
 DECAY = 5.0
 
 
-def strength(step: int, steps: int, kind: str, warmup: float, peak: float) -> float:
-    """Return the strength with which the step after `step` finished ones is computed; 0 from `steps` on.
+def strength(step: int, steps: int, kind: str, warmup: float, peak: float, ends: float = 1.0) -> float:
+    """Return the strength with which the step after `step` finished ones is computed; 0 from `ends * steps` on.
 
     >>> [strength(step, 4, "linear", 0.0, 1.0) for step in range(5)]
     [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -33,7 +34,7 @@ def strength(step: int, steps: int, kind: str, warmup: float, peak: float) -> fl
         return 0.0
     if done < warmup:
         return peak * done / warmup
-    passed = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    passed = min((done - warmup) / (ends - warmup), 1.0) if warmup < ends else 1.0
     if kind == "linear":
         share = 1 - passed
     elif kind == "cosine":

@@ -6,37 +6,51 @@ sides of every threshold, and the scale counts as a constant. The backward pass 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ...numerics.lowbit.record import LowBit
-from ...numerics.lowbit.ternary import ternary_codes
-from ...numerics.lowbit.tiles import by_row, kept
+from ...numerics.lowbit.ternary import RULES, ternary_codes
+from ...numerics.lowbit.tiles import by_row, kept, tiled
+from ...numerics.scheme import Granularity
 from ._quantizer import Quantizer, product_type
 from ._straight import straight_through
 
 
-class TernaryByRule(Quantizer):
-    """Ternary weights with a threshold and a scale that are statistics of each tile."""
+def ternary_values(
+    weight: Tensor, *, rule: str, granularity: Granularity, storage: torch.dtype | None, dtype: torch.dtype
+) -> Tensor:
+    """Return ``scale * t`` of a weight ``[out, in]`` in `dtype`; scales are rounded to `storage`."""
+    tiles = tiled(weight, granularity).float()
+    threshold, scale = RULES[rule](tiles)
+    return ternary_codes(tiles, threshold).mul_(kept(scale, storage)).to(dtype).view(weight.shape)
 
-    def rule(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (threshold, scale), both ``[down, across, 1]``."""
-        raise NotImplementedError
+
+class TernaryByRule(Quantizer):
+    """Ternary weights with a threshold and a scale that are statistics of each tile; `rule` is a key of `RULES`."""
+
+    rule: ClassVar[str]
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``."""
         with torch.no_grad():
-            tiles = self.tiles(weight)
-            threshold, scale = self.rule(tiles)
-            values = ternary_codes(tiles, threshold).mul_(kept(scale, self.scale_type))
-            values = values.to(product_type(weight)).view(weight.shape)
+            values = self.run(
+                ternary_values,
+                weight,
+                rule=self.rule,
+                granularity=self.granularity,
+                storage=self.scale_type,
+                dtype=product_type(weight),
+            )
         return straight_through(weight, values)
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales."""
         with torch.no_grad():
             tiles = self.tiles(weight)
-            threshold, scale = self.rule(tiles)
+            threshold, scale = RULES[self.rule](tiles)
             codes = ternary_codes(tiles, threshold).to(torch.int8).view(weight.shape)
             return LowBit(
                 codes, by_row(kept(scale, self.scale_type), len(codes)), "ternary", self.group(weight)

@@ -37,37 +37,59 @@ def rounded(u: Tensor, grid: Format) -> Tensor:
     return u.clamp(grid.low, grid.high).to(torch.float8_e4m3fn).to(u.dtype)
 
 
+def stepped(tiles: Tensor, scale: Tensor, shift: Tensor | None, *, name: str, dtype: torch.dtype) -> Tensor:
+    """Return ``a q + y`` in `dtype`; `name` is a key of `GRIDS`."""
+    values = rounded(_position(tiles, scale, shift), GRIDS[name]).mul_(scale)
+    if shift is not None:
+        values.add_(shift)
+    return values.to(dtype)
+
+
+def stepped_slopes(
+    tiles: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    grad: Tensor,
+    *,
+    name: str,
+    asked: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of `stepped` to tiles, scale and shift, those of them that are `asked` for."""
+    grid, grad = GRIDS[name], grad.to(tiles.dtype)
+    u = _position(tiles, scale, shift)
+    outside = (u < grid.low) | (u > grid.high)
+    to_tiles = to_scale = to_shift = None
+    if asked[0]:
+        to_tiles = grad.masked_fill(outside, 0.0)
+    if asked[1]:
+        slope = rounded(u, grid).sub_(u.masked_fill_(outside, 0.0))
+        to_scale = slope.mul_(grad).sum(-1, keepdim=True) / math.sqrt(tiles.numel() * grid.high)
+    if shift is not None and asked[2]:
+        to_shift = grad.sum(-1, keepdim=True)
+    return to_tiles, to_scale, to_shift
+
+
 class LearnedStep(torch.autograd.Function):
     """``a q + y`` for tiles ``[down, across, size]``, a and y ``[down, across, 1]`` in float32."""
 
     @staticmethod
     def forward(
-        ctx: Any, tiles: Tensor, scale: Tensor, shift: Tensor | None, name: str, dtype: torch.dtype
+        ctx: Any, tiles: Tensor, scale: Tensor, shift: Tensor | None, name: str, dtype: torch.dtype, run: Any
     ) -> Tensor:
-        """Return the values in `dtype`; `name` is a key of `GRIDS`."""
+        """Return the values in `dtype`; `name` is a key of `GRIDS`, `run` computes pure functions."""
         ctx.save_for_backward(tiles, scale, shift)
-        ctx.grid = GRIDS[name]
-        values = rounded(_position(tiles, scale, shift), ctx.grid).mul_(scale)
-        if shift is not None:
-            values.add_(shift)
-        return values.to(dtype)
+        ctx.name, ctx.run = name, run
+        return cast(Tensor, run(stepped, tiles, scale, shift, name=name, dtype=dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Return the three gradients that are asked for."""
         tiles, scale, shift = ctx.saved_tensors
-        grad, grid = grads[0].to(tiles.dtype), ctx.grid
-        u = _position(tiles, scale, shift)
-        outside = (u < grid.low) | (u > grid.high)
-        to_tiles = to_scale = to_shift = None
-        if ctx.needs_input_grad[0]:
-            to_tiles = grad.masked_fill(outside, 0.0)
-        if ctx.needs_input_grad[1]:
-            slope = rounded(u, grid).sub_(u.masked_fill_(outside, 0.0))
-            to_scale = slope.mul_(grad).sum(-1, keepdim=True) / math.sqrt(tiles.numel() * grid.high)
-        if shift is not None and ctx.needs_input_grad[2]:
-            to_shift = grad.sum(-1, keepdim=True)
-        return to_tiles, to_scale, to_shift, None, None
+        asked = tuple(ctx.needs_input_grad[:3])
+        found = ctx.run(stepped_slopes, tiles, scale, shift, grads[0], name=ctx.name, asked=asked)
+        return *found, None, None, None
 
 
 def _position(tiles: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -113,6 +135,6 @@ class LearnedScale(Quantizer):
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``a q + y``."""
         values = LearnedStep.apply(  # type: ignore[no-untyped-call]
-            self.tiles(weight), self.step(), self.shifted(), self.grid, product_type(weight)
+            self.tiles(weight), self.step(), self.shifted(), self.grid, product_type(weight), self.run
         )
         return cast(Tensor, values).view(weight.shape)

@@ -4,14 +4,17 @@ The layer keeps its float32 master weight W ``[out, in]``; each time it computes
 gradient of Q(W) is carried over to W. Nothing else of the model changes, so any model can be trained and the result is
 an ordinary model again.
 
-One object is made from a recipe's options, which checks them; `_attach.attach` copies it for every layer and calls
+One object is made from a recipe's options, which checks them; `base.attach` copies it for every layer and calls
 `start` with the layer's weight. What is computed is computed in float32 and handed over in the type of the matrix
 product, which under autocast is the only tensor of the weight's size that stays until the backward pass.
+
+Rounding may be phased in (`_phase`), and its chains of operations may be compiled (`_fused`): both are options of every
+quantizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,27 +24,38 @@ from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.tiles import shape_of, tiled
 from ...numerics.quantize import Quantized
 from ...numerics.scheme import PER_CHANNEL, Granularity
-from ._options import grain, storage
+from . import _fused
+from ._options import choice, grain, number, storage
+from ._phase import left_over, phased
 
-COMMON = frozenset({"granularity", "group_size", "scale_dtype"})
+COMMON = frozenset({"granularity", "group_size", "scale_dtype", "phase_in", "compile"})
 
 
 class Quantizer(nn.Module):
-    """Options of every quantizer: `granularity` (tensor, channel, group), `group_size` (128), `scale_dtype` (float16).
+    """Options of every quantizer: `granularity` (tensor, channel, group), `group_size` (128), `scale_dtype` (float16),
 
-    Scales are rounded to `scale_dtype` while training, so that the file holds the very weights that were trained.
+    `phase_in` (0: the share of the steps over which rounding sets in) and `compile` (auto, true, false). Scales are rounded to `scale_dtype` while training, so that the file holds the very weights that were trained.
     """
 
     reads: ClassVar[frozenset[str]] = COMMON  # the options it knows
     learned: tuple[str, ...] = ()  # its float32 parameters that are scales
     granularity: Granularity
     scale_type: torch.dtype | None
+    unrounded: Tensor  # the share of the rounding that has not set in yet
 
     def __init__(self, options: Mapping[str, Any], default: Granularity = PER_CHANNEL) -> None:
         super().__init__()
         self.enabled = True
         self.granularity = grain(options, default)
         self.scale_type = storage(options)
+        self.phase_in = number(options, "phase_in", 0.0, 0.0, 1.0)
+        self.compiling = choice(
+            {"compile": str(options.get("compile", "auto")).lower()}, "compile", "auto", _fused.CHOICES
+        )
+        self.phasing = False
+        if self.phase_in:
+            # A buffer: a number would make a compiled model compile again at each step.
+            self.register_buffer("unrounded", torch.zeros(()))
 
     def start(self, weight: Tensor) -> None:
         """Take the initial values from the layer's weight ``[out, in]``; refuse one that it cannot hold."""
@@ -49,7 +63,10 @@ class Quantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight that the layer computes with, ``[out, in]`` in the type of the matrix product."""
-        return self.quantized(weight) if self.enabled else weight
+        if not self.enabled:
+            return weight
+        values = self.quantized(weight)
+        return phased(values, weight, self.unrounded) if self.phasing and self.training else values
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return Q(W), differentiable."""
@@ -61,6 +78,17 @@ class Quantizer(nn.Module):
 
     def progress(self, step: int, steps: int) -> None:
         """Take note that `step` of `steps` optimizer steps are done."""
+        if self.phase_in:
+            left = left_over(step, steps, self.phase_in)
+            self.unrounded.fill_(left)
+            self.phasing = left > 0
+
+    def run(self, function: Callable[..., Any], *tensors: Tensor | None, **settings: Any) -> Any:
+        """Compute a pure function without gradients, as one kernel where that is asked for."""
+        weight = next(tensor for tensor in tensors if tensor is not None)
+        return _fused.run(
+            function, self.training and _fused.wanted(self.compiling, weight), *tensors, **settings
+        )
 
     def join(self, linear: nn.Linear) -> None:
         """Change more of the layer than its weight, after `start`."""

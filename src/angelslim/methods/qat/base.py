@@ -26,7 +26,21 @@ from torch.nn.utils import parametrize
 from ...base.errors import ConfigError, SchemeError, did_you_mean
 from ...numerics.lowbit.record import LowBit
 from ...numerics.quantize import Quantized
+from ._activations import round_inputs
 from ._quantizer import Quantizer
+
+__all__ = [
+    "attach",
+    "detach",
+    "enabled",
+    "master_weight",
+    "merge",
+    "quantizers",
+    "round_inputs",
+    "scale_parameters",
+    "set_progress",
+    "set_trainable",
+]
 
 TRAINABLE = ("all", "quant")
 NO_BIAS = "the bias that the quantizer adds (at most {:.1e}) is left out: this architecture has none there"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...numerics.lowbit.record import LowBit
-from ...numerics.lowbit.ternary import minmax
-from ...numerics.lowbit.tiles import by_row, kept
+from ...numerics.lowbit.tiles import by_row, kept, tiled
+from ...numerics.scheme import Granularity
 from ._fixed import TernaryByRule
 from ._options import width
 from ._quantizer import COMMON, product_type
@@ -24,10 +24,26 @@ from ._straight import straight_through
 WIDTHS = ("ternary", 3, 4, 5, 6, 7, 8)  # two symmetric bits are ternary
 
 
+def minmax_codes(tiles: Tensor, top: int, storage: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Return (codes, scale ``[down, across, 1]``) of tiles in float32."""
+    scale = kept(tiles.abs().amax(-1, keepdim=True) / top, storage)
+    safe = torch.where(scale > 0, scale, 1.0)
+    return (tiles / safe).round_().clamp_(-top, top), scale
+
+
+def minmax_values(
+    weight: Tensor, *, granularity: Granularity, top: int, storage: torch.dtype | None, dtype: torch.dtype
+) -> Tensor:
+    """Return ``scale * code`` of a weight ``[out, in]`` in `dtype`."""
+    codes, scale = minmax_codes(tiled(weight, granularity).float(), top, storage)
+    return codes.mul_(scale).to(dtype).view(weight.shape)
+
+
 class MinMax(TernaryByRule):
     """Options: `bits` (ternary, 3 to 8), and those of every quantizer."""
 
     reads = COMMON | {"bits"}
+    rule = "minmax"
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
@@ -35,17 +51,19 @@ class MinMax(TernaryByRule):
         self.bits = bits if isinstance(bits, int) else 2
         self.top = 2 ** (self.bits - 1) - 1
 
-    def rule(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Half the largest magnitude, and the largest magnitude."""
-        return minmax(tiles)
-
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * code``."""
         if self.bits == 2:
             return super().quantized(weight)
         with torch.no_grad():
-            codes, scale = self._codes(weight)
-            values = codes.mul_(scale).to(product_type(weight)).view(weight.shape)
+            values = self.run(
+                minmax_values,
+                weight,
+                granularity=self.granularity,
+                top=self.top,
+                storage=self.scale_type,
+                dtype=product_type(weight),
+            )
         return straight_through(weight, values)
 
     def merged(self, weight: Tensor) -> LowBit:
@@ -53,17 +71,11 @@ class MinMax(TernaryByRule):
         if self.bits == 2:
             return super().merged(weight)
         with torch.no_grad():
-            codes, scale = self._codes(weight)
+            codes, scale = minmax_codes(self.tiles(weight), self.top, self.scale_type)
             rows = by_row(scale, weight.shape[0])
             return LowBit(
                 codes.to(torch.int8).view(weight.shape), rows, "int", self.group(weight), bits=self.bits
             )
-
-    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        tiles = self.tiles(weight)
-        scale = kept(tiles.abs().amax(-1, keepdim=True) / self.top, self.scale_type)
-        safe = torch.where(scale > 0, scale, 1.0)
-        return (tiles / safe).round_().clamp_(-self.top, self.top), scale
 
 
 QUANTIZER = MinMax

@@ -26,6 +26,34 @@ from ...numerics.lowbit.tiles import by_row, kept
 from ._options import choice, width
 from ._quantizer import COMMON, Quantizer, product_type
 
+Levels = Literal["ternary", "seq2"]
+
+
+def stretched_values(
+    tiles: Tensor, span: Tensor, *, levels: Levels, storage: torch.dtype | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the weights in `dtype`; `storage` is the type of the steps."""
+    stretch = STRETCHES[levels]
+    return stretched(tiles, span, stretch)[1].mul_(kept(step_of(span, stretch), storage)).to(dtype)
+
+
+def stretched_slopes(
+    tiles: Tensor, span: Tensor, grad: Tensor, *, levels: Levels, edge: float | None, asked: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients to tiles and ranges; `edge` replaces the slope of clipped weights."""
+    grad, stretch = grad.to(tiles.dtype), STRETCHES[levels]
+    u, slope = stretched(tiles, span, stretch)
+    outside = u.abs() > CLIP
+    to_tiles = grad.masked_fill(outside, 0.0) if asked[0] else None
+    to_span = None
+    if asked[1]:
+        slope.div_(stretch.steps)
+        if edge is not None:
+            slope = torch.where(outside, u.sign() * edge, slope)
+        slope.sub_(u.masked_fill_(outside, 0.0))
+        to_span = slope.mul_(grad).sum(-1, keepdim=True) / math.sqrt(tiles.numel())
+    return to_tiles, to_span
+
 
 class Stretched(torch.autograd.Function):
     """Stretched levels of tiles ``[down, across, size]`` with ranges ``[down, across, 1]``."""
@@ -35,33 +63,28 @@ class Stretched(torch.autograd.Function):
         ctx: Any,
         tiles: Tensor,
         span: Tensor,
-        levels: Literal["ternary", "seq2"],
+        levels: Levels,
         edge: float | None,
         storage: torch.dtype | None,
         dtype: torch.dtype,
+        run: Any,
     ) -> Tensor:
-        """Return the weights; `edge` replaces the slope of clipped weights, `storage` is the type of the steps."""
+        """Return the weights; `run` computes pure functions."""
         ctx.save_for_backward(tiles, span)
-        ctx.levels, ctx.edge = levels, edge
-        stretch = STRETCHES[levels]
-        return stretched(tiles, span, stretch)[1].mul_(kept(step_of(span, stretch), storage)).to(dtype)
+        ctx.levels, ctx.edge, ctx.run = levels, edge, run
+        return cast(Tensor, run(stretched_values, tiles, span, levels=levels, storage=storage, dtype=dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         """Return the gradients of weights and ranges; levels are computed again."""
+        asked = tuple(ctx.needs_input_grad[:2])
         tiles, span = ctx.saved_tensors
-        grad, stretch = grads[0].to(tiles.dtype), STRETCHES[ctx.levels]
-        u, slope = stretched(tiles, span, stretch)
-        outside = u.abs() > CLIP
-        to_tiles = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
-        to_span = None
-        if ctx.needs_input_grad[1]:
-            slope.div_(stretch.steps)
-            if ctx.edge is not None:
-                slope = torch.where(outside, u.sign() * ctx.edge, slope)
-            slope.sub_(u.masked_fill_(outside, 0.0))
-            to_span = slope.mul_(grad).sum(-1, keepdim=True) / math.sqrt(tiles.numel())
-        return to_tiles, to_span, None, None, None, None
+        found = ctx.run(
+            stretched_slopes, tiles, span, grads[0], levels=ctx.levels, edge=ctx.edge, asked=asked
+        )
+        return *found, None, None, None, None, None
 
 
 class StretchedElastic(Quantizer):
@@ -73,9 +96,7 @@ class StretchedElastic(Quantizer):
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)
-        self.levels: Literal["ternary", "seq2"] = (
-            "seq2" if width(options, 2, (2, "ternary")) == 2 else "ternary"
-        )
+        self.levels: Levels = "seq2" if width(options, 2, (2, "ternary")) == 2 else "ternary"
         published = choice(options, "gradient", "corrected", ("corrected", "published")) == "published"
         self.edge = 1.0 if published and self.levels == "ternary" else None
 
@@ -95,6 +116,7 @@ class StretchedElastic(Quantizer):
             self.edge,
             self.scale_type,
             product_type(weight),
+            self.run,
         )
         return cast(Tensor, values).view(weight.shape)
 

@@ -8,6 +8,10 @@ product with ``Q(W) + e W``. dL/dW becomes ``(1 + e) x^T g``; what matters is dL
 few directions. e rises over the first `warmup` share of the optimizer steps to `max_eps` and falls as `anneal` says;
 the report says no more than that it reaches zero, the shapes and the 10 percent are those of the published code.
 
+Where e reaches zero is `ends`, a share of the steps: 1 is the published end, the last step, and leaves none to adapt to a
+model without the addition. `phase_in`, which every quantizer has, is the other way in (`_phase`); the two exclude each
+other.
+
 e acts in training mode only, so that evaluations see the model that will be exported, and it has no part in what is
 merged: a run that stops early still yields weights that can be encoded.
 """
@@ -20,44 +24,70 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...base.errors import ConfigError
 from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.sparse34 import require_fours, signs34
-from ...numerics.lowbit.tiles import by_row, kept
-from ...numerics.scheme import per_group
+from ...numerics.lowbit.tiles import by_row, kept, tiled
+from ...numerics.scheme import Granularity, per_group
 from ._anneal import KINDS, strength
 from ._options import choice, number
 from ._quantizer import COMMON, Quantizer, product_type
 from ._straight import straight_through
 
 
+def sparse_values(
+    weight: Tensor,
+    share: Tensor | None,
+    *,
+    granularity: Granularity,
+    storage: torch.dtype | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``scale * t`` of a weight ``[out, in]`` in `dtype`, and `share` times the weight more where there is one."""
+    codes, scale = signs34(tiled(weight, granularity).float())
+    values = codes.mul_(kept(scale, storage)).view(weight.shape)
+    return (values if share is None else torch.addcmul(values, weight, share)).to(dtype)
+
+
 class Residual(torch.autograd.Function):
     """``values + e * weight`` forward, ``(1 + e) g`` backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the sum in `dtype`; e is a tensor ``[]``."""
+    def forward(ctx: Any, weight: Tensor, values: Tensor, share: Tensor) -> Tensor:
+        """Return the values, which have the addition already; e is a tensor ``[]``."""
         ctx.save_for_backward(share)
         ctx.dtype = weight.dtype
-        return torch.addcmul(values, weight, share).to(dtype)
+        return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Hand the gradient of both terms to the weight."""
         (share,) = ctx.saved_tensors
-        return grads[0].to(ctx.dtype) * (1 + share).to(ctx.dtype), None, None, None
+        return grads[0].to(ctx.dtype) * (1 + share).to(ctx.dtype), None, None
 
 
 class Sherry(Quantizer):
-    """Options: `anneal` (cosine, linear, exponential, none), `warmup` (0.1), `max_eps` (1); groups of 128."""
+    """Options: `anneal` (cosine, linear, exponential, none), `warmup` (0.1), `ends` (1), `max_eps` (1); groups of 128."""
 
-    reads = COMMON | {"anneal", "warmup", "max_eps"}
+    reads = COMMON | {"anneal", "warmup", "ends", "max_eps"}
     share: Tensor
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options, per_group(128))
-        self.anneal = choice(options, "anneal", "cosine", KINDS)
+        self.anneal = choice(options, "anneal", "none" if self.phase_in else "cosine", KINDS)
         self.warmup = number(options, "warmup", 0.1, 0.0, 1.0)
+        self.ends = number(options, "ends", 1.0, 0.0, 1.0)
         self.peak = number(options, "max_eps", 1.0, 0.0, 10.0)
+        if self.ends < self.warmup:
+            raise ConfigError(
+                f"ends is {self.ends:g}, before the end of the warmup at {self.warmup:g}.",
+                fix="Raise ends or lower warmup.",
+            )
+        if self.phase_in and self.anneal != "none":
+            raise ConfigError(
+                f"phase_in is set beside anneal: {self.anneal}: two ways to keep a part of the full-precision weight.",
+                fix="Set anneal: none, or leave out phase_in.",
+            )
         # A buffer: a number would make a compiled model compile again at each step.
         self.register_buffer("share", torch.zeros(()))
 
@@ -69,13 +99,19 @@ class Sherry(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``, and e times the weight more while training."""
-        dtype = product_type(weight)
+        share = self.share if self.training and self.anneal != "none" else None
         with torch.no_grad():
-            codes, scale = signs34(self.tiles(weight))
-            values = codes.mul_(kept(scale, self.scale_type)).view(weight.shape)
-        if not self.training or self.anneal == "none":
-            return straight_through(weight, values.to(dtype))
-        return cast(Tensor, Residual.apply(weight, values, self.share, dtype))  # type: ignore[no-untyped-call]
+            values = self.run(
+                sparse_values,
+                weight,
+                share,
+                granularity=self.granularity,
+                storage=self.scale_type,
+                dtype=product_type(weight),
+            )
+        if share is None:
+            return straight_through(weight, values)
+        return cast(Tensor, Residual.apply(weight, values, share))  # type: ignore[no-untyped-call]
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales; exactly one of four neighbours is zero."""
@@ -88,7 +124,8 @@ class Sherry(Quantizer):
 
     def progress(self, step: int, steps: int) -> None:
         """Set e."""
-        self.share.fill_(strength(step, steps, self.anneal, self.warmup, self.peak))
+        super().progress(step, steps)
+        self.share.fill_(strength(step, steps, self.anneal, self.warmup, self.peak, self.ends))
 
 
 QUANTIZER = Sherry

@@ -34,22 +34,33 @@ from ._options import choice, number
 from ._quantizer import COMMON
 
 
+def dead_sums(tiles: Tensor, *, rows: int, factor: float) -> tuple[Tensor, Tensor]:
+    """Return ``factor`` times the sum of each row's dead weights ``[rows]``, and the threshold ``[down, across, 1]``."""
+    threshold = absmean(tiles)[0]
+    return (tiles * dead_zone(tiles, threshold)).view(rows, -1).sum(1).mul_(factor), threshold
+
+
+def dead_slopes(tiles: Tensor, threshold: Tensor, grad: Tensor, *, factor: float) -> Tensor:
+    """Return the gradient of `dead_sums` to the tiles, from that of the sums ``[rows]``."""
+    dead = dead_zone(tiles, threshold).view(len(grad), -1)
+    return (dead * (grad * factor)[:, None]).view(tiles.shape)
+
+
 class DeadSum(torch.autograd.Function):
     """``factor * sum of a row's dead weights``: ``[out]`` in float32, from tiles ``[down, across, size]``."""
 
     @staticmethod
-    def forward(ctx: Any, tiles: Tensor, threshold: Tensor, rows: int, factor: float) -> Tensor:
+    def forward(ctx: Any, tiles: Tensor, rows: int, factor: float, run: Any) -> Tensor:
         """Sum over the dead weights of each row."""
+        total, threshold = run(dead_sums, tiles, rows=rows, factor=factor)
         ctx.save_for_backward(tiles, threshold)
-        ctx.factor = factor
-        return (tiles * dead_zone(tiles, threshold)).view(rows, -1).sum(1).mul_(factor)
+        ctx.factor, ctx.run = factor, run
+        return cast(Tensor, total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         """Each dead weight gets the factor times its row's gradient; which are dead is computed again."""
-        tiles, threshold = ctx.saved_tensors
-        dead = dead_zone(tiles, threshold).view(len(grads[0]), -1)
-        return (dead * (grads[0] * ctx.factor)[:, None]).view(tiles.shape), None, None, None
+        return ctx.run(dead_slopes, *ctx.saved_tensors, grads[0], factor=ctx.factor), None, None, None
 
 
 class DeadSigns(torch.autograd.Function):
@@ -97,16 +108,12 @@ class Tequila(TernaryByRule):
         # A buffer: a number would make a compiled model compile again at each step.
         self.register_buffer("factor", torch.tensor(self.peak), persistent=not self.merges)
 
-    def rule(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Half the mean magnitude, and the mean magnitude."""
-        return absmean(tiles)
+    rule = "absmean"
 
     def dead_sum(self, weight: Tensor) -> Tensor:
         """Return lambda times the sums of the rows' dead weights, float32 ``[out]``, differentiable."""
-        tiles = self.tiles(weight)
-        with torch.no_grad():
-            threshold = self.rule(tiles)[0]
-        return cast(Tensor, DeadSum.apply(tiles, threshold, len(weight), self.peak))  # type: ignore[no-untyped-call]
+        found = DeadSum.apply(self.tiles(weight), len(weight), self.peak, self.run)  # type: ignore[no-untyped-call]
+        return cast(Tensor, found)
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales, and the bias where there is one."""
@@ -118,6 +125,7 @@ class Tequila(TernaryByRule):
 
     def progress(self, step: int, steps: int) -> None:
         """Let the older form fade."""
+        super().progress(step, steps)
         if not self.merges:
             self.factor.fill_(strength(step, steps, "linear", 0.0, self.peak))
 
@@ -150,7 +158,7 @@ class Tequila(TernaryByRule):
         weight = _master(linear)
         tiles = self.tiles(weight)
         with torch.no_grad():
-            threshold = self.rule(tiles)[0]
+            threshold = absmean(tiles)[0]
         signs = DeadSigns.apply(tiles, threshold, self.factor)  # type: ignore[no-untyped-call]
         return output + F.linear(inputs[0].sign(), signs.view(weight.shape).to(weight.dtype)).to(output.dtype)
 

@@ -6,18 +6,13 @@ least of the weight for that threshold.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ...numerics.lowbit.ternary import twn
 from ._fixed import TernaryByRule
 
 
 class TernaryWeights(TernaryByRule):
     """Options: those of every quantizer; one scale a channel by default."""
 
-    def rule(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
-        """0.75 of the mean magnitude, and the mean of what passes it."""
-        return twn(tiles)
+    rule = "twn"
 
 
 QUANTIZER = TernaryWeights

@@ -19,6 +19,8 @@ scale 0 and the codes 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 TWN_SHARE = 0.75
@@ -42,6 +44,13 @@ def minmax(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return (threshold, scale) of the grid that covers the largest weight."""
     scale = tiles.abs().amax(-1, keepdim=True)
     return scale / 2, scale
+
+
+RULES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "absmean": absmean,
+    "twn": twn,
+    "minmax": minmax,
+}
 
 
 def ternary_codes(tiles: Tensor, threshold: Tensor) -> Tensor:

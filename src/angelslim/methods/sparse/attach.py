@@ -20,7 +20,7 @@ Densities and times are in `Attached.stats`; `Attached.remove` gives the model i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -35,10 +35,13 @@ from ._exact import EAGER_ONLY, exact
 from ._masks import mask_function, spans
 from .assign import Rule, selector_of
 from .crossover import find
-from .plan import Context, Selector
+from .plan import BlockPlan, Context, Selector
 from .stats import LayerStats, total
 
 NAME = "angelslim_sparse"
+Observer = Callable[
+    [Tensor, Tensor, Tensor, BlockPlan, Context], None
+]  # of each sparse call, outside its times
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
 
@@ -70,6 +73,7 @@ class Attached:
 
     def __init__(self, model: Any, rules: Sequence[Rule], settings: Settings) -> None:
         self.settings, self.rules = settings, rules
+        self.observer: Observer | None = None
         self.stats: dict[int, LayerStats] = {}
         tower = tower_of(model)
         self._tower = weakref.ref(tower)  # the model knows its hook, so the hook must not keep the model
@@ -205,6 +209,8 @@ class Attached:
             plan = selector(q, k, v, ctx)
         with torch.no_grad(), stats.kernel.running(q.device, settings.measure):
             out = kernel.run(q, k, v, plan, scaling=ctx.scaling)
+        if self.observer is not None:
+            self.observer(q, k, v, plan, ctx)
         stats.calls += 1
         stats.kernels[kernel.name] += 1
         if settings.measure:

@@ -47,6 +47,7 @@ LAYERS = {
     "convert": 7,
     "analyze": 7,
     "training": 8,
+    "prefill": 8,
     "lab": 8,
     "engine": 9,
     "cli": 10,

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base import console
 from ..base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..evaluate.base import Score
+    from ..methods.sparse.using import AttentionStats
 
 GROUP = "Measure and ship"
 
@@ -20,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "eval",
         rich_help_panel=GROUP,
-        epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed",
+        epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed\n\n  angelslim eval tiny-lm --attn dense,stem,union --density 0.3",
     )(evaluate)
     app.command(
         "export",
@@ -48,47 +54,92 @@ def evaluate(
     ] = "",
     include_path: Annotated[Path | None, typer.Option(help="Folder of local lm-eval task files.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task (default: all).")] = None,
+    attn: Annotated[
+        str,
+        typer.Option(
+            help="Attention of the prefill, comma-separated: dense, stem, union, ..., or a folder with sparse_attention.json."
+        ),
+    ] = "",
+    density: Annotated[
+        float | None,
+        typer.Option(help="Share of the causal area that sparse attention reads (default: its own budget)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed that draws the examples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
-    """Measure perplexity, tasks, speed and size of models, side by side."""
+    """Measure perplexity, tasks, speed and size of models, side by side; with --attn for each kind of attention."""
     from ..evaluate.harness import run_harness
-    from ..evaluate.size import size_scores
     from ..evaluate.suite import evaluate as run_suite
+
+    def measure(model: Any, tokenizer: Any) -> list[Score]:
+        scores = run_suite(
+            model, tokenizer, text=text, tasks=_words(tasks), samples=samples, speed=speed, seed=seed
+        )
+        if lm_eval:
+            scores += run_harness(model, tokenizer, _words(lm_eval), include_path=include_path, limit=limit)
+        return scores
+
+    found: dict[str, list[Score]] = {}
+    for name in models:
+        found |= _with_attention(name, _words(attn), density, measure)
+    _print_scores(found, as_json)
+
+
+def _with_attention(
+    name: str, attn: list[str], density: float | None, measure: Callable[[Any, Any], list[Score]]
+) -> dict[str, list[Score]]:
+    """Measure one model with every attention that is asked for, or that its folder says; a column each."""
+    from ..evaluate.size import size_scores
+    from ..methods.sparse.using import attention_context, attentions
     from ..models.loading import resolve
     from ..reopen import load
     from ..work import tokenizer_of
 
-    found = {}
-    for name in models:
-        folder = resolve(name)
-        model, tokenizer = load(folder), tokenizer_of(folder)
-        scores = run_suite(
-            model,
-            tokenizer,
-            text=text,
-            tasks=_words(tasks),
-            samples=samples,
-            speed=speed,
-            seed=seed,
-        )
-        if lm_eval:
-            scores += run_harness(model, tokenizer, _words(lm_eval), include_path=include_path, limit=limit)
-        found[name] = scores + size_scores(folder, sum(p.numel() for p in model.parameters()))
+    folder = resolve(name)
+    wanted = attentions(attn, folder, density)
+    model, tokenizer, found = load(folder), tokenizer_of(folder), dict[str, "list[Score]"]()
+    for attention in wanted:
+        with attention_context(model, attention, None if attention == "dense" else density) as stats:
+            scores = measure(model, tokenizer)
+        scores += size_scores(folder, sum(parameter.numel() for parameter in model.parameters()))
+        if wanted == ["dense"]:
+            return {name: scores}
+        label = "sparse" if attention == str(folder) else attention
+        found[f"{name} {label}"] = scores + _attention_scores(stats)
+    return found
+
+
+def _print_scores(found: dict[str, list[Score]], as_json: bool) -> None:
     if as_json:
-        typer.echo(
-            json.dumps(
-                {name: [asdict(score) for score in scores] for name, scores in found.items()}, indent=1
-            )
-        )
+        lists = {name: [asdict(score) for score in scores] for name, scores in found.items()}
+        typer.echo(json.dumps(lists, indent=1))
         return
-    first = next(iter(found.values()))
+    columns = [{score.metric: score for score in scores} for scores in found.values()]
+    every = {metric: score for column in columns for metric, score in column.items()}
     rows = [
-        [f"{score.metric} {'(lower is better)' if score.better == 'lower' else ''}".strip()]
-        + [f"{scores[index].value:.4g} {scores[index].unit}".strip() for scores in found.values()]
-        for index, score in enumerate(first)
+        [
+            f"{metric} {'(lower is better)' if score.better == 'lower' else ''}".strip(),
+            *(
+                f"{column[metric].value:.4g} {column[metric].unit}".strip() if metric in column else "–"
+                for column in columns
+            ),
+        ]
+        for metric, score in every.items()
     ]
     console.out.print(console.table("", ["metric", *found], rows))
+
+
+def _attention_scores(stats: AttentionStats) -> list[Score]:
+    """What the attention read and how often it was dense, for the foot of the table; decoding always is."""
+    from ..evaluate.base import Score
+
+    dense = sum(count for reason, count in stats.fallbacks.items() if reason != "decode")
+    read = [] if stats.density is None else [Score("attention density", stats.density, "", "lower")]
+    return [
+        *read,
+        Score("selector", stats.selector_ms, "ms", "lower"),
+        Score("dense calls", dense, "", "lower"),
+    ]
 
 
 def _words(text: str) -> list[str]:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...base.console import chose
 from ...base.errors import ConfigError, did_you_mean
 from .assign import Rule
 from .attach import Attached, Settings, attach, tower_of
@@ -110,22 +111,46 @@ def sparse_attention(
     check_density(density)
     changes = {"block": block, "crossover": crossover, "kernel": kernel}
     changes = {name: value for name, value in changes.items() if value is not None}
-    path = Path(source).expanduser()
     if str(source) in SELECTORS:
         chosen = {**(options or {}), **({} if density is None else {"density": density})}
         rules = [Rule(made(str(source), chosen).select)]
         return attach(model, rules, Settings(measure=measure, **changes))  # type: ignore[arg-type]
-    if not path.exists():
-        known = [*SELECTORS, DENSE]
-        raise ConfigError(
-            f"{str(source)!r} is neither a kind of sparse attention nor a folder with {FILE}.",
-            fix=did_you_mean(str(source), known),
-        )
-    found = read(path)
+    found = find(source)
     found.check(tower_of(model).config)
     if density is not None or options:
         found = with_options(found, {**(options or {}), **({} if density is None else {"density": density})})
     return attach(model, found.make_rules(), found.settings(measure=measure, **changes))
+
+
+def attentions(wanted: list[str], folder: Path, density: float | None) -> list[str]:
+    """What a measurement of the model in `folder` compares: what is wanted, else what the folder says, else dense.
+
+    Wrong names and densities are refused here, before any work.
+    """
+    check_density(density)
+    for name in wanted:
+        if name != DENSE and name not in SELECTORS:
+            find(name)
+    if density is not None and wanted in ([], [DENSE]):
+        raise ConfigError(
+            "A density is given and no sparse attention.", fix="Name one, for example --attn stem."
+        )
+    if wanted:
+        return wanted
+    if (folder / FILE).is_file():
+        chose(f"sparse attention as {FILE} says", "the model's folder holds it; --attn dense leaves it out")
+        return [str(folder)]
+    return [DENSE]
+
+
+def find(source: str | Path) -> Metadata:
+    """Read a folder or file of settings; a name that is none is a `ConfigError` with the nearest selector."""
+    if not Path(source).expanduser().exists():
+        raise ConfigError(
+            f"{str(source)!r} is neither a kind of sparse attention nor a folder with {FILE}.",
+            fix=did_you_mean(str(source), [*SELECTORS, DENSE]),
+        )
+    return read(source)
 
 
 def with_options(found: Metadata, options: dict[str, Any]) -> Metadata:

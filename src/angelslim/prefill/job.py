@@ -25,6 +25,7 @@ from ..export._checkpoint import open_any
 from ..job import device_of
 from ..kernels.attention.base import Case
 from ..kernels.attention.choose import choose
+from ..methods.sparse._patterns import read_patterns
 from ..methods.sparse.assign import selector_of
 from ..methods.sparse.metadata import HeadRule, Metadata, fingerprint
 from ..methods.sparse.plan import Context
@@ -121,6 +122,9 @@ def prepare_prefill(resolved: Resolved, model: str | Path | None = None) -> Pref
         kernel=_kernel(section, shape, device, torch_dtype(source.config)),
         model=fingerprint(text),
     )
+    for rule in metadata.rules:
+        if rule.options.get("patterns"):
+            read_patterns(str(rule.options["patterns"]), metadata.model)
     rehearse(metadata, shape)
     return PrefillJob(
         resolved=resolved,

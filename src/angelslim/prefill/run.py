@@ -157,7 +157,7 @@ def _quality(
 
 def _say_what_stays_dense(record: PrefillRecord) -> None:
     """A run in which nothing was sparse is said aloud; each reason is in the record."""
-    if not any(row.density for row in record.heads):
+    if not any(row.calls for row in record.lengths):
         reasons = ", ".join(sorted(record.fallbacks)) or "no layer attends through the interface"
         text = f"No layer was sparse: {reasons}."
         log.warning("%s", text)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from angelslim.base.errors import ConfigError, ResourceError
-from angelslim.config.recipe import load
+from angelslim.config.recipe import load, recipes
 from angelslim.methods.sparse._patterns import HeadPattern, write_patterns
 from angelslim.prefill.job import PrefillJob, prepare_prefill, shape_of
 from angelslim.prefill.plan import estimate
 from families import config_of, random_model
+from public_sparsity import PUBLIC
 from tiny import byte_tokenizer
 
 
@@ -120,3 +121,23 @@ def test_no_kernel_and_other_stages(model: Path, monkeypatch: pytest.MonkeyPatch
     both = {"compression": [{"quantization": {"name": "fp8_dynamic"}}, {"sparsity": {"name": "stem"}}]}
     with pytest.raises(ConfigError, match="joins no other stage"):
         prepare_prefill(load(both), model)
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("sparse_")])
+def test_every_recipe_fits_a_model(model: Path, name: str) -> None:
+    job = prepare_prefill(load(name, ["compression.sparsity.kernel=dense"]), model)
+    assert job.name == job.metadata.rules[-1].selector and job.metadata.block == 128
+    assert job.search_heads == (name == "sparse_minference")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_files_run_as_they_are(name: str, model: Path) -> None:
+    section = {"name": name, "allow_pseudo_sparse": True, "attn_kwargs": PUBLIC[name][0] or None}
+    settings = {"name": "Qwen", "torch_dtype": "auto", "device_map": "auto", "attn_implementation": "eager"}
+    public = {
+        "global": {"save_path": "./output"},
+        "model": {**settings, "model_path": str(model), "trust_remote_code": True},
+        "compression": {"name": "Sparsity", "sparsity": section},
+    }
+    job = prepare_prefill(load(public))
+    assert job.name == name and len(job.metadata.rules) == 1

@@ -56,8 +56,9 @@ def candidates(model: Any, device: torch.device) -> list[Dense]:
         return [stock]
     found = [stock, Dense("sdpa", "CUDNN_ATTENTION"), Dense("sdpa", "FLASH_ATTENTION")]
     config = tower_of(model).config
-    plain = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
-    if plain and getattr(config, "attn_logit_softcapping", None) is None:
+    full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or [])
+    special = [getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping")]
+    if full and not any(special):  # the simple function below knows causality alone
         from transformers import AttentionInterface
 
         AttentionInterface.register(REPEATED, _repeated)

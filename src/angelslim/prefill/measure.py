@@ -56,6 +56,7 @@ def _length(job: PrefillJob, model: Any, metadata: Metadata, ids: Tensor) -> Len
         with _attached(model, metadata, measure=False):
             return prefill_ms(model, ids)
 
+    dense()
     first = sparse()
     with _attached(model, metadata, measure=True) as attached:
         prefill_ms(model, ids)

@@ -252,9 +252,9 @@ def prefill_html(record: PrefillRecord) -> str:
         "tiles": [{"name": name, "value": value, "note": text} for name, value, text in tiles],
         "facts": facts(record),
         "figures": [{"title": title, "note": text, "svg": svg} for title, text, svg in figures if svg],
-        "headings": [*HEADINGS, "first sparse run ms", "repeats", "baseline"],
+        "headings": [*HEADINGS, "first sparse run ms", "repeats", "baseline", "peak dense, sparse"],
         "rows": [
-            [*line, _milliseconds(row.first_ms), str(row.repeats), row.baseline]
+            [*line, _milliseconds(row.first_ms), str(row.repeats), row.baseline, _peaks(row)]
             for line, row in zip(length_lines(record), record.lengths, strict=True)
         ],
         "warnings": record.warnings,
@@ -302,6 +302,12 @@ def _times(record: PrefillRecord) -> Markup | str:
         axes.tick_params(labelcolor=MUTED)
         axes.legend(frameon=False)
         return to_svg(figure, "Time to the first token by the length of the prompt")
+
+
+def _peaks(row: LengthRow) -> str:
+    if not row.sparse_peak:
+        return NONE  # on a CPU the peak of the process says nothing of one prompt
+    return f"{words.megabytes(row.dense_peak)}, {words.megabytes(row.sparse_peak)}"
 
 
 def _milliseconds(value: float) -> str:

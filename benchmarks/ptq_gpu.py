@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import angelslim
 from angelslim.config.recipe import load, recipes
+from angelslim.config.upstream import stages
 from common import bar, write
 
 SETTINGS = {
@@ -45,7 +46,8 @@ def main() -> None:
     """Run every recipe twice."""
     raw, bars = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for recipe in (name for name in recipes() if not load(name).config.compression[0].trains):
+        rounding = [name for name in recipes() if stages(load(name).config)[-1].kind == "ptq"]
+        for recipe in rounding:
             results = {}
             for device in ("cpu", "cuda"):
                 out = Path(folder) / f"{recipe}-{device}"

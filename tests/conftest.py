@@ -15,6 +15,11 @@ import torch
 
 from tiny import Outcome, call, save_qwen3
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything loads Triton, where it is installed: kernels run as Python
+    )
+
 torch.set_num_threads(1)
 
 

@@ -373,6 +373,46 @@ def data_of_another_kind(folder, model):
     return static(model, "dataset.name=MultiModalDataset")
 
 
+# ------------------------------------------------------------------------------------------- sparse attention
+
+
+def sparse(model: Path, *overrides: str, recipe: str = "sparse_stem") -> Words:
+    return [recipe, model, *(f"compression.sparsity.{override}" for override in overrides)]
+
+
+@case("Unknown sparse attention method 'stm'", "Did you mean 'stem'?")
+def unknown_pattern(folder, model):
+    return sparse(model, "name=stm")
+
+
+@case("compression.sparsity.density is 1.5", "a number above 0, at most 1")
+def density_above_one(folder, model):
+    return sparse(model, "density=1.5")
+
+
+@case("stem has no option 'densty'", "Did you mean 'density'?")
+def unknown_option_of_a_pattern(folder, model):
+    return sparse(model, "options={densty: 0.1}")
+
+
+@case("layer '7'", "the model has 2, from 0 to 1")
+def a_rule_for_a_layer_that_is_not_there(folder, model):
+    return sparse(model, "rules=[{name: dense, layers: 7}]")
+
+
+@case("heads.json", "model_type 'llama', this one has 'qwen3'", "Search the patterns of this model")
+def head_patterns_of_another_model(folder, model):
+    heads = [{str(head): ["vertical_and_slash", 30, 50, 0.5] for head in range(4)}] * 2
+    content = {"schema_version": 1, "model_fingerprint": {"model_type": "llama"}, "best_pattern": heads}
+    (folder / "heads.json").write_text(json.dumps(content))
+    return sparse(model, f"attn_kwargs.pattern_path={folder / 'heads.json'}", recipe="sparse_minference")
+
+
+@case("measure.lengths asks for 4096 tokens", "positions for 512")
+def prompts_longer_than_the_model(folder, model):
+    return sparse(model, "measure.lengths=[4096]")
+
+
 # ----------------------------------------------------------------------------------------------------- output
 
 

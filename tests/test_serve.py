@@ -8,7 +8,7 @@ import pytest
 
 from angelslim import serve
 from angelslim.base.errors import ConfigError, ModelError, ResourceError
-from angelslim.serve import launch, plan_launch
+from angelslim.serve import launch, plan_launch, with_attention
 from tiny import copy_model, edit_json
 
 
@@ -84,3 +84,24 @@ def test_launch_returns_the_engines_status(tiny_folder, monkeypatch):
     plan = plan_launch(tiny_folder)
     program = (sys.executable, "-c", "import sys; sys.exit(7)")
     assert launch(serve.Launch(plan.engine, program, plan.because, plan.port, plan.model)) == 7
+
+
+def test_sparse_prefill_goes_to_vllm_alone(tmp_path):
+    from angelslim.methods.sparse.metadata import HeadRule, Metadata
+
+    (tmp_path / "config.json").write_text("{}")
+    plan = plan_launch(tmp_path, "vllm")
+    assert with_attention(plan, None) == plan, "nothing says so"
+    sparse = with_attention(plan, "stem")
+    assert sparse.environment == (("ANGELSLIM_SPARSE_ATTENTION", "stem"),)
+    assert str(sparse).startswith("ANGELSLIM_SPARSE_ATTENTION=stem vllm serve ")
+    assert "--no-enable-chunked-prefill" in sparse.command
+    Metadata((HeadRule("union", {"density": 0.1}),)).write(tmp_path)
+    assert with_attention(plan, None).environment == (("ANGELSLIM_SPARSE_ATTENTION", str(tmp_path)),)
+    assert with_attention(plan, "dense") == plan
+    other = plan_launch(tmp_path, "sglang")
+    assert with_attention(other, None) == other
+    with pytest.raises(ConfigError, match="sglang has no place"):
+        with_attention(other, "stem")
+    with pytest.raises(ConfigError, match="Did you mean 'stem'"):
+        with_attention(plan, "stm")

@@ -92,8 +92,9 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     from angelslim.base import console
 
     out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(console.out, "file", out)
-    monkeypatch.setattr(console.err, "file", err)
+    # Not `file`: reading that gives the captured stream of this test, which would be put back and then be closed.
+    monkeypatch.setattr(console.out, "_file", out)
+    monkeypatch.setattr(console.err, "_file", err)
     monkeypatch.setattr("sys.argv", ["angelslim", *map(str, words)])
     capsys.readouterr()
     try:

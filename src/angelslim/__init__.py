@@ -15,13 +15,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine import Engine as Engine
     from .engine import compress as compress
+    from .methods.sparse.using import sparse_attention as sparse_attention
     from .models.builtin import builtin_model as builtin_model
     from .reopen import load as load
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "__version__", "builtin_model", "compress", "load"]
+__all__ = ["Engine", "__version__", "builtin_model", "compress", "load", "sparse_attention"]
 
-_HOMES = {"compress": "engine", "Engine": "engine", "load": "reopen", "builtin_model": "models.builtin"}
+_HOMES = {
+    "compress": "engine",
+    "Engine": "engine",
+    "load": "reopen",
+    "builtin_model": "models.builtin",
+    "sparse_attention": "methods.sparse.using",
+}
 
 
 def __getattr__(name: str) -> Any:

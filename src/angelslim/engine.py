@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import pipeline
 from .base import parallel
@@ -24,14 +24,19 @@ from .reopen import load
 from .report.record import RunRecord
 
 if TYPE_CHECKING:
+    from .prefill.job import PrefillJob
+    from .report.prefill import PrefillRecord
     from .training.job import TrainingJob
+
+AnyJob: TypeAlias = "Job | TrainingJob | PrefillJob"
+AnyRecord: TypeAlias = "RunRecord | PrefillRecord"
 
 
 class Result:
     """A finished compression: its record and its folder."""
 
-    def __init__(self, folder: Path, report: RunRecord) -> None:
-        self.folder, self.report = folder, report
+    def __init__(self, folder: Path, report: Any) -> None:
+        self.folder, self.report = folder, report  # a RunRecord, or the PrefillRecord of sparse attention
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Copy the model folder, report and card included; an existing folder is refused."""
@@ -47,11 +52,19 @@ class Result:
         return target
 
     def load(self, **options: Any) -> Any:
-        """Open the compressed model in transformers (see `angelslim.load`)."""
-        return load(self.folder, **options)
+        """Open the compressed model in transformers (see `angelslim.load`); one with sparse attention has it attached."""
+        if isinstance(self.report, RunRecord):
+            return load(self.folder, **options)
+        from .methods.sparse.using import sparse_attention
+
+        model = load(self.report.model, **options)
+        sparse_attention(model, self.folder)
+        return model
 
     def __repr__(self) -> str:
         report = self.report
+        if not isinstance(report, RunRecord):
+            return f"<{report.method} of {report.model}: sparse from {report.crossover} tokens on, {self.folder}>"
         return f"<{report.method} of {report.model}: {report.bits_per_weight:.2f} bits per weight, {self.folder}>"
 
 
@@ -79,8 +92,12 @@ def compress(
     return Result(folder, carry_out(job, folder, command=f"angelslim.compress({call})"))
 
 
-def prepare_any(resolved: Resolved, model: str | Path | None = None) -> Job | TrainingJob:
-    """Make every choice of a run, of one that trains too."""
+def prepare_any(resolved: Resolved, model: str | Path | None = None) -> AnyJob:
+    """Make every choice of a run, also of one that trains, or one that makes attention sparse."""
+    if isinstance(resolved.config, Config) and any(each.sparsity for each in resolved.config.compression):
+        from .prefill.job import prepare_prefill
+
+        return prepare_prefill(resolved, model)
     if isinstance(resolved.config, Config) and any(each.trains for each in resolved.config.compression):
         from .training.job import prepare_training
 
@@ -88,11 +105,17 @@ def prepare_any(resolved: Resolved, model: str | Path | None = None) -> Job | Tr
     return prepare(resolved, model)
 
 
-def carry_out(job: Job | TrainingJob, out: Path, *, command: str = "", overwrite: bool = False) -> RunRecord:
+def carry_out(job: AnyJob, out: Path, *, command: str = "", overwrite: bool = False) -> AnyRecord:
     """Run a job, and where its recipe says `quant_analyse`, look at every layer of the result afterwards.
 
     The analysis is that of `angelslim analyze MODEL OUT`, in `out`: ``analysis.json``, ``.csv`` and ``.html``.
     """
+    from .prefill.job import PrefillJob
+
+    if isinstance(job, PrefillJob):
+        from .prefill.run import run as measure
+
+        return measure(job, out, command=command, overwrite=overwrite)
     if isinstance(job, Job):
         record = pipeline.run(job, out, command=command, overwrite=overwrite)
     else:
@@ -149,7 +172,7 @@ class Engine:
         self._model: str | Path | None = None
         self._sections: dict[str, dict[str, Any]] = {"model": {}, "dataset": {}}
         self._recipe: str | Path | Mapping[str, Any] | None = None
-        self._job: Job | TrainingJob | None = None
+        self._job: AnyJob | None = None
         self.result: Result | None = None
 
     def prepare_model(

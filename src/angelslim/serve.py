@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .base.console import chose
 from .base.errors import ConfigError, ModelError, ResourceError, did_you_mean
 
+SETTINGS, DENSE = "sparse_attention.json", "dense"  # as in `methods.sparse.metadata`, without loading torch
+VARIABLE = "ANGELSLIM_SPARSE_ATTENTION"  # what `vllm_attention` reads
 ENGINES = ("vllm", "sglang", "llama.cpp")
 SGLANG_ONLY = ("w4afp8",)  # values of `quant_method`
 
@@ -30,9 +34,11 @@ class Launch:
     because: str
     port: int
     model: str
+    environment: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return shlex.join(self.command)
+        words = [f"{name}={shlex.quote(value)}" for name, value in self.environment]
+        return " ".join([*words, shlex.join(self.command)])
 
     @property
     def request(self) -> str:
@@ -63,6 +69,28 @@ def plan_launch(folder: Path, engine: str = "auto", port: int = 8000, extra: Seq
         "llama.cpp": ("llama-server", "-m", str(gguf[0]) if gguf else "", "--port", str(port)),
     }
     return Launch(chosen, (*builders[chosen], *extra), because, port, str(folder))
+
+
+def with_attention(plan: Launch, attn: str | None) -> Launch:
+    """Let the engine prefill sparsely: as `attn` says (a selector, or a folder of settings), or as the model's folder does.
+
+    vLLM alone has a place for it (`vllm_attention`); a prompt must arrive whole, so chunks and cached prefixes are switched off.
+    """
+    beside = (Path(plan.model) / SETTINGS).is_file()
+    source = attn or (plan.model if beside and plan.engine == "vllm" else DENSE)
+    if source == DENSE:
+        return plan
+    if plan.engine != "vllm":
+        raise ConfigError(
+            f"{plan.engine} has no place for sparse attention.", fix="Use --engine vllm, or --attn dense."
+        )
+    from .methods.sparse.using import check_source
+
+    check_source(source)
+    if attn is None:
+        chose(f"sparse attention as {SETTINGS} says", "the folder holds it; --attn dense leaves it out")
+    whole = ("--no-enable-prefix-caching", "--no-enable-chunked-prefill")
+    return replace(plan, command=(*plan.command, *whole), environment=((VARIABLE, source),))
 
 
 def _quantized_by(folder: Path) -> str:
@@ -112,4 +140,4 @@ def launch(plan: Launch) -> int:
             "llama.cpp": "build llama.cpp's llama-server",
         }
         raise ResourceError(f"{plan.engine} is not installed here.", fix=f"Run: {install[plan.engine]}")
-    return subprocess.call(plan.command)
+    return subprocess.call(plan.command, env={**os.environ, **dict(plan.environment)})

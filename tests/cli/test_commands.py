@@ -100,7 +100,15 @@ def test_ls_names_everything_that_can_be_named(cli):
     text = cli("ls").out
     assert all(
         name in text
-        for name in ("fp8_static", "int4_rtn_asym", "rtn", "compressed_tensors", "tiny-lm", "addition")
+        for name in (
+            "fp8_static",
+            "sparse_stem",
+            "rtn",
+            "flexprefill",
+            "compressed_tensors",
+            "tiny-lm",
+            "addition",
+        )
     )
 
 

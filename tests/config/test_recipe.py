@@ -31,9 +31,11 @@ def test_each_recipe_loads_asks_for_something_and_says_what_it_is_for(name):
     assert {each.kind for each in before} <= {"transform"}
     if resolved.config.compression[0].trains:
         assert stage.kind in ("qat", "distill") and resolved.config.dataset.share == 1.0
+    elif resolved.config.compression[0].sparsity:
+        assert (stage.kind, stage.method) == ("sparsity", name.removeprefix("sparse_"))
     else:
         assert stage.kind == "ptq" and stage.scheme is not None
-    assert stage.kind == "distill" or "lm_head" in stage.ignore
+    assert stage.kind in ("distill", "sparsity") or "lm_head" in stage.ignore
     assert recipes()[name].endswith((".", "size.", "time."))
     assert load(name.replace("_", "-")).config == resolved.config
 

@@ -15,9 +15,12 @@ from ..base.errors import ConfigError
 from ..base.memory import collector_paused
 
 if TYPE_CHECKING:
+    from ..engine import AnyJob
     from ..job import Job
     from ..plan import Plan
-    from ..training.job import TrainingJob
+    from ..prefill.plan import PrefillPlan
+    from ..report.prefill import PrefillRecord
+    from ..training.plan import TrainingPlan
 
 GROUP = "Compress"
 Recipe = Annotated[
@@ -70,11 +73,12 @@ def run(
 ) -> None:
     """Compress a model and leave a complete model folder with a report.
 
-    The folder holds what engines load, report.html, a model card (README.md), run.yaml and run.json. A run that was
+    A recipe of sparse attention changes no weights and leaves settings with a report. The folder holds what engines load, report.html, a model card (README.md), run.yaml and run.json. A run that was
     killed continues where it stopped when the same command is given again.
     """
     with collector_paused():
         from .. import engine
+        from ..report.prefill import PrefillRecord
         from ..report.summary import layers_table, results_table
 
         job = prepared(recipe, rest, seed)
@@ -82,6 +86,9 @@ def run(
     record = engine.carry_out(
         job, target, command=shlex.join(["angelslim", *sys.argv[1:]]), overwrite=overwrite
     )
+    if isinstance(record, PrefillRecord):
+        _print_prefill(record, target)
+        return
     console.out.print(results_table([record]))
     console.out.print(layers_table(record))
     console.out.print(f"Model:  {target}", soft_wrap=True)
@@ -103,7 +110,7 @@ def plan(
 
         job = prepared(recipe, rest, seed)
         if not isinstance(job, Job):
-            _plan_training(job, json)
+            _plan_other(job, json)
             return
         found = estimate(job)
     if json:
@@ -136,11 +143,13 @@ def prepared_job(recipe: str, rest: list[str] | None, seed: int | None) -> Job:
 
     job = prepared(recipe, rest, seed)
     if not isinstance(job, Job):
-        raise ConfigError("The recipe trains.", fix="Name a recipe of post-training quantization.")
+        raise ConfigError(
+            "The recipe quantizes no finished model.", fix="Name a recipe of post-training quantization."
+        )
     return job
 
 
-def prepared(recipe: str, rest: list[str] | None, seed: int | None) -> Job | TrainingJob:
+def prepared(recipe: str, rest: list[str] | None, seed: int | None) -> AnyJob:
     """Return the job that a recipe, a model and overrides ask for, as the command line spells them."""
     from ..config.recipe import load
     from ..engine import prepare_any
@@ -165,10 +174,31 @@ def split(rest: list[str] | None, seed: int | None) -> tuple[str | None, list[st
     return model, [*words, *([f"global.seed={seed}"] if seed is not None else [])]
 
 
-def _plan_training(job: TrainingJob, json: bool) -> None:
-    from ..training.plan import estimate
+def _print_prefill(record: PrefillRecord, target: Path) -> None:
+    from ..report.prefill import facts, lengths_table
 
-    found = estimate(job)
+    if record.lengths:
+        console.out.print(lengths_table(record))
+    console.out.print(console.table("Sparse attention", ["", ""], facts(record)))
+    console.out.print(f"Settings: {target / 'sparse_attention.json'}", soft_wrap=True)
+    console.out.print(f"Report:   {target / 'report.html'}", soft_wrap=True)
+
+
+def _plan_other(job: AnyJob, json: bool) -> None:
+    """Plan what quantizes no finished model: training, or sparse attention."""
+    from ..prefill.job import PrefillJob
+    from ..training.job import TrainingJob
+
+    found: PrefillPlan | TrainingPlan
+    if isinstance(job, PrefillJob):
+        from ..prefill.plan import estimate as estimate_prefill
+
+        found = estimate_prefill(job)
+    else:
+        from ..training.plan import estimate
+
+        assert isinstance(job, TrainingJob)
+        found = estimate(job)
     if json:
         typer.echo(found.to_json())
         return

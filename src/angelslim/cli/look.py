@@ -94,17 +94,19 @@ def _validated(file: str) -> Report:
 
 
 def ls() -> None:
-    """List the recipes, methods, checkpoint formats, curation stages, built-in models and tasks."""
+    """List the recipes, methods, kinds of sparse attention, checkpoint formats, curation stages, built-in models and tasks."""
     from ..config.recipe import recipes
     from ..data.builtin import TASKS
     from ..data.curation.base import STAGES
     from ..export.base import FILES, FORMATS
     from ..methods.base import PTQ
+    from ..methods.sparse.selectors.base import SELECTORS
     from ..models.builtin import BUILTIN
 
     console.out.print(console.table("Recipes", ["name", "what for"], list(recipes().items())))
     for title, registry in (
         ("Methods", PTQ),
+        ("Sparse attention", SELECTORS),
         ("Formats", FORMATS),
         ("Files, made by export", FILES),
         ("Curation stages", STAGES),

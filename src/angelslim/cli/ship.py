@@ -178,14 +178,20 @@ def serve(
         str, typer.Option(help="vllm, sglang or llama.cpp (default: chosen from the folder).")
     ] = "auto",
     port: Annotated[int, typer.Option(help="Port of the OpenAI-compatible server.")] = 8000,
+    attn: Annotated[
+        str | None,
+        typer.Option(
+            help="Sparse prefill in vLLM: a selector, a folder with sparse_attention.json, or dense."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command and do not start it.")
     ] = False,
 ) -> None:
     """Print and run the command that serves a model with vLLM, SGLang or llama.cpp."""
-    from ..serve import launch, plan_launch
+    from ..serve import launch, plan_launch, with_attention
 
-    plan = plan_launch(folder, engine, port)
+    plan = with_attention(plan_launch(folder, engine, port), attn)
     console.chose(f"engine {plan.engine}", plan.because)
     typer.echo(str(plan))
     console.err.print(f"Ask it with: {plan.request}", soft_wrap=True, markup=False)

@@ -24,7 +24,7 @@ from .schema import CONFIGS, AnyConfig, Dialect, dialect_of, names_of
 from .slips import mend
 
 OVERRIDE = "override"
-_BASES = ("base", "qat_base")  # what the recipes extend; nothing to run by themselves
+_BASES = ("base", "qat_base", "sparse_base")  # what the recipes extend; nothing to run by themselves
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,11 @@ from typing import Any, Literal, TypeVar
 
 from ..base.errors import ConfigError, did_you_mean
 from ..numerics.scheme import PRESETS, Scheme
-from . import quantizers, schemes
+from . import quantizers, schemes, sparsity
 from .flat import FlatConfig
 from .pruning import KNOWN_STRATEGIES
 from .quantization import Quantization
 from .schema import AnyConfig, Compression, Config, PruningConfig, Transform
-from .sparsity import KNOWN_PATTERNS
 from .training import QAD, QAT, SpecialQuantizer
 
 T = TypeVar("T")
@@ -154,9 +153,7 @@ def _compression(stage: Compression, where: str, transformed: bool) -> Iterator[
         megatron = _need(stage.mcore_qad, where, name)
         yield Stage("mcore_qad", megatron.format or "nvfp4", None, megatron.given())
     else:
-        sparsity = _need(stage.sparsity, where, name)
-        knobs = {**sparsity.attn_kwargs.given(), "allow_pseudo_sparse": sparsity.allow_pseudo_sparse}
-        yield Stage("sparsity", sparsity.name, None, knobs)
+        yield Stage("sparsity", _need(stage.sparsity, where, name).name)
 
 
 def _inferred(stage: Compression) -> str | None:
@@ -372,7 +369,11 @@ def _stage_remarks(stage: Compression) -> Iterator[str]:
         if trained is not None and trained.plugin_config and trained.plugin_config.enable_rotation:
             yield "plugin_config.enable_rotation is not used; the section transform rotates the weights."
     if stage.sparsity is not None:
-        yield from _unknown("sparse attention method", stage.sparsity.name, KNOWN_PATTERNS)
+        for part in sparsity.parts(stage.sparsity):
+            yield from _unknown(
+                "sparse attention method", part.name, (*sparsity.KNOWN_PATTERNS, sparsity.DENSE)
+            )
+        yield from sparsity.remarks(stage.sparsity)
     section = stage.quantization
     if section is None or section.name is None:
         return

@@ -1,7 +1,7 @@
 """How a model's mask reaches the hook: as None, as real tokens of each row, or whole.
 
 transformers asks one mask function per attention implementation. Ours keeps a plain causal mask implicit: None without
-padding, the bool [B, Lk] of real tokens with it. Everything that is not plain causality (windows, images that see
+padding, the bool [B, Lk] of real tokens with it. Models that pick their own keys get the mask whole. Everything that is not plain causality (windows, images that see
 all of themselves, packed sequences, a static cache with room behind the last token) becomes a bool
 [B, 1, Lq, Lk], which the hook takes as a reason to stay dense and exact.
 """
@@ -29,7 +29,8 @@ def mask_function(
     from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
     window = more.get("local_size")
-    plain = mask_function in (None, causal_mask_function)
+    picks = "indexed_attention" in (getattr(more.get("config"), "layer_types", None) or ())
+    plain = mask_function in (None, causal_mask_function) and not picks  # an indexer reads the whole mask
     if window is not None and kv_offset + kv_length <= window and more.get("allow_is_causal_skip", True):
         plain = True  # nothing lies outside the window yet
     if plain and int(q_offset) + q_length == kv_offset + kv_length:

@@ -32,6 +32,7 @@ from ...base.errors import ConfigError, ModelError
 from ...kernels.attention.base import Case, Kernel
 from ...kernels.attention.choose import KERNELS, choose
 from ._exact import EAGER_ONLY, exact
+from ._index import is_causal, narrowed, picked, share_read
 from ._masks import mask_function, spans
 from .assign import Rule, selector_of
 from .crossover import find
@@ -129,6 +130,9 @@ class Attached:
         """One call of one layer: [B, Lq, H, Dv]."""
         layer = int(getattr(module, "layer_idx", None) or 0)
         stats = self.stats.setdefault(layer, LayerStats())
+        indices = arguments.pop("indices", None)
+        if indices is not None and mask is not None:
+            return self._indexed(module, layer, (q, k, v), mask, indices, arguments)
         given = arguments.pop("is_causal", None)
         causal = bool(getattr(module, "is_causal", True) if given is None else given)
         reason = why_dense(q, k, v, mask, causal, arguments)
@@ -175,6 +179,43 @@ class Attached:
         if self._spans is None or self._spans[0] is not mask:
             self._spans = (mask, spans(mask))
         return self._spans[1]
+
+    def _indexed(
+        self,
+        module: nn.Module,
+        layer: int,
+        states: tuple[Tensor, Tensor, Tensor],
+        mask: Tensor,
+        indices: Tensor,
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """A layer that picks its own keys: [B, Lq, H, Dv]; the selector takes away more of them (`_index`)."""
+        (q, k, v), settings, stats = states, self.settings, self.stats[layer]
+        read, prompt_len = picked(mask, indices), max(settings.prompt_len or 0, k.shape[2])
+        selector = self._selector(layer, q.shape[1])
+        reason = why_dense(q, k, v, None, True, arguments)
+        if not reason and selector is None:
+            reason = "set dense"
+        elif not reason and (settings.crossover == "auto" or prompt_len < settings.crossover):
+            reason = "below the crossover length"  # nothing is gained in time: "auto" is never reached
+        elif not reason and not is_causal(mask):
+            reason = "padding beside an index"
+        if reason or selector is None:
+            stats.fallbacks[reason] += 1
+            return exact(module, q, k, v, read, True, arguments)
+        offset = k.shape[2] - q.shape[2]
+        ctx = Context(
+            layer, self._layers, arguments["scaling"], offset, prompt_len, settings.block, kv_len=k.shape[2]
+        )
+        with torch.no_grad(), stats.selector.running(q.device, settings.measure):
+            plan = selector(q, k, v, ctx)
+        read = narrowed(read, plan)
+        stats.calls += 1
+        stats.kernels["masked, on the model's own index"] += 1
+        if settings.measure:
+            stats.densities.append(share_read(read))
+        with stats.kernel.running(q.device, settings.measure):
+            return exact(module, q, k, v, read, True, arguments)
 
     def _prefill(
         self, module: nn.Module, layer: int, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]

@@ -129,8 +129,8 @@ def attentions(wanted: list[str], folder: Path, density: float | None) -> list[s
     """
     check_density(density)
     for name in wanted:
-        if name != DENSE and name not in SELECTORS:
-            find(name)
+        if name != DENSE:
+            check_source(name)
     if density is not None and wanted in ([], [DENSE]):
         raise ConfigError(
             "A density is given and no sparse attention.", fix="Name one, for example --attn stem."
@@ -141,6 +141,12 @@ def attentions(wanted: list[str], folder: Path, density: float | None) -> list[s
         chose(f"sparse attention as {FILE} says", "the model's folder holds it; --attn dense leaves it out")
         return [str(folder)]
     return [DENSE]
+
+
+def check_source(source: str) -> None:
+    """Refuse what is neither a selector nor a folder or file of settings."""
+    if source not in SELECTORS:
+        find(source)
 
 
 def find(source: str | Path) -> Metadata:

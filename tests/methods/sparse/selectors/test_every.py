@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "strided": {"n_init": 16, "window": 16, "stride": 4},
     "flexprefill": {"min_budget": 16, "last": 16},
     "minference": {"vertical": 30, "slash": 50, "last": 8},
+    "flashprefill": {"sink": 16, "window": 16, "last_blocks": 1},
     "stem": {"keep_ratio": 0.3, "initial_blocks": 1, "window_blocks": 1},
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE = 2**20
+_LARGE = 2**23
 
 
 def return_large_blocks() -> bool:

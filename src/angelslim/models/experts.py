@@ -252,8 +252,8 @@ class ExpertRunner:
         assert path == prefix or path.startswith(prefix + "."), path
         return self.module.get_submodule(path[len(prefix) + 1 :])
 
-    def run(self, observe: Mapping[str, Observe], *, keep: bool) -> None:
-        """Run the expert's tokens; `keep` adds its weighted answers to those of the layer."""
+    def run(self, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
+        """Run the expert's tokens; `keep` adds its weighted answers to those of the layer. The tokens stay."""
         with watching({path: self.submodule(path) for path in observe}, observe):
             if not keep:
                 for piece in self._pieces:

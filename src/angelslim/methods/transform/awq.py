@@ -14,6 +14,7 @@ the tokens that were sent there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ...base import parallel
 from ...models import fold
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.awq import Candidate, Reader, column_share, search
@@ -38,6 +40,7 @@ class AWQ:
 
     reads = frozenset({"duo"})
     follows_original = False
+    keeps_function = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.duo = bool(options.get("duo", True))
@@ -53,18 +56,20 @@ class AWQ:
         held = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
         return sum(held.values()) + 16 * max((x.shape[0] * x.shape[1] for x in layers), default=0)
 
+    def statistics(self, block: Block) -> Makers:
+        """The moments of each group's inputs that can be rescaled."""
+        return {
+            (place.head, Moments): partial(Moments, place.fold.width, block.device)
+            for place in self.places.of(block)
+        }
+
     def process(self, block: Block) -> None:
         """Rescale every group of the block that gains from it."""
         found = self.places.of(block)
-        if not found:
-            return
-        seen = {place.head: Moments(place.fold.width, block.device) for place in found}
-        block.collect({head: inputs.update for head, inputs in seen.items()})
-        for inputs in seen.values():
-            inputs.merge()
-        exact = _drawn(block)
+        block.expect(self.statistics(block))
+        exact = _drawn(block) if found else {}
         for place in found:
-            self._rescale(block, place, seen.pop(place.head), exact)
+            self._rescale(block, place, block.statistic(Moments, place.head), exact)
 
     def _rescale(self, block: Block, place: Place, seen: Moments, exact: Mapping[int, Tensor]) -> None:
         readers = {}

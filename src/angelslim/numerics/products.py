@@ -6,6 +6,8 @@ nothing (`add_squares`). Where factors have more digits the product's error is a
 too much for a Hessian that will be inverted, nothing for the sum of a hundred thousand squares that candidates are
 compared by (`bfloat16_factors`).
 
+CPU code is made and kept for each shape, so shapes that change from call to call would cost time and memory.
+
 Other processors and accelerators compute as ever: the switch is that of PyTorch's CPU library alone.
 """
 

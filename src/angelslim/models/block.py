@@ -84,7 +84,9 @@ class Block:
     expert_scales: dict[str, Tensor] = field(
         default_factory=dict
     )  # stack's path -> what its inputs were scaled by
-    keeps_outputs: bool = False  # of the run that collects statistics: rounding will not be seen by the next block
+    keeps_outputs: bool = (
+        False  # of the run that collects statistics: rounding will not be seen by the next block
+    )
     _inputs: Inputs = field(default_factory=Inputs)
 
     @property

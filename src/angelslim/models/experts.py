@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base import parallel
-from .block import Observe, ObservePair
+from .block import ObservePair
+from .inputs import Observe
 from .loading import Source
 from .structure import Group
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from .activations import ActivationStore
-from .block import Observe, ObservePair
+from .block import ObservePair
 from .experts import ExpertRunner, StreamedExperts, streamable, watching
+from .inputs import Observe
 from .loading import Source
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})  # everything else is for a tower

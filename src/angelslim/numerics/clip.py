@@ -54,9 +54,11 @@ def clip_range(
     outer = outer_of(low, high, quant) if outer is None else outer
     if not in_rows(weight, quant) or quant.format.kind != "int":
         exact = weight.float()
-        return _searched(
-            low, high, quant, scale_dtype, outer, lambda *scales: tile_loss(exact, *scales, quant, hessian)
-        )
+
+        def lost(scale: Tensor, zero: Tensor | None) -> Tensor:
+            return tile_loss(exact, scale, zero, quant, hessian)
+
+        return _searched(low, high, quant, scale_dtype, outer, lost)
     columns = tile_of(quant.granularity, (weight.shape[0], weight.shape[1]))[1]
     blocks = None if hessian is None else _blocks(hessian, low.shape[1], columns)
     found = []
@@ -96,7 +98,9 @@ def _searched(
     return scale, zero
 
 
-def _row_loss(strips: Tensor, blocks: Tensor | None, quant: Quant, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _row_loss(
+    strips: Tensor, blocks: Tensor | None, quant: Quant, scale: Tensor, zero: Tensor | None
+) -> Tensor:
     """Return `tile_loss` of integers in runs of a row: strips ``[across, rows, columns]``, scales ``[rows, across]``.
 
     Errors are counted in steps, so that codes need not be multiplied out. Losses are compared, and a digit or two more
@@ -116,7 +120,8 @@ def _row_loss(strips: Tensor, blocks: Tensor | None, quant: Quant, scale: Tensor
     else:
         with bfloat16_factors():
             weighed = error @ blocks
-    return (torch.linalg.vecdot(weighed, error) * steps[..., 0].square()).T
+    loss: Tensor = torch.linalg.vecdot(weighed, error) * steps[..., 0].square()
+    return loss.T
 
 
 def in_rows(weight: Tensor, quant: Quant) -> bool:

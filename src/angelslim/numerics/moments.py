@@ -41,7 +41,9 @@ class Moments:
         if loud.any():  # few, and by themselves: the others stay numbers of their own type
             rows = loud.squeeze(1)
             self._add(inputs[rows].float() * (limit / size[rows]))
-            inputs = inputs.masked_fill(loud, 0)  # of one shape whatever their number: CPU code is made for shapes
+            inputs = inputs.masked_fill(
+                loud, 0
+            )  # of one shape whatever their number: CPU code is made for shapes
         self._add(inputs)
 
     def _add(self, inputs: Tensor) -> None:

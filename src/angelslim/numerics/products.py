@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ NARROWEST = 64  # columns of a strip
 @cache
 def _fast() -> bool:
     """Say whether this processor multiplies bfloat16 numbers by itself."""
-    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(
-        torch.cpu, "_is_amx_tile_supported", None
+    known = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", None),
+        getattr(torch.cpu, "_is_amx_tile_supported", None),
     )
     return hasattr(torch.backends.mkldnn, "matmul") and any(each is not None and each() for each in known)
 
@@ -39,7 +41,7 @@ def bfloat16_factors(allowed: bool = True) -> Iterator[None]:
     if not (allowed and _fast()):
         yield
         return
-    switch = torch.backends.mkldnn.matmul
+    switch: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  untyped
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:

@@ -156,7 +156,7 @@ def _piece_memory(job: Job, layers: Sequence[Layer], groups: Mapping[str, Group]
     """Bytes for rounding the largest of these layers, and what the job's steps hold for all of them."""
     largest = max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
     steps = (*job.transforms, job.method) if groups else ()
-    own = max((step.working_memory(layers, groups) for step in steps), default=0)
+    own = sum(step.working_memory(layers, groups) for step in steps)
     return FLOAT32_COPIES * 4 * largest + own
 
 

@@ -170,7 +170,10 @@ def _stream_block(
         }
         own = tuple(layer for layer in layers if layer.tensor not in owned)
         streamed = tuple(layer for layer in layers if layer.tensor in owned)
-        block = Block(job.source, index, own, groups, job.device, runner, streamed=streamed)
+        keeps = job.method.keeps_function and not stream.experts
+        block = Block(
+            job.source, index, own, groups, job.device, runner, streamed=streamed, keeps_outputs=keeps
+        )
         _steps(job, block)
         _settle(job, block, _parameters(job), done)
         with bar(
@@ -195,6 +198,8 @@ def _stream_block(
 
 def _steps(job: Job, block: Block) -> None:
     """Take a block through the transforms and the method."""
+    for stage in (*job.transforms, job.method):
+        block.expect(stage.statistics(block))
     for transform in job.transforms:
         transform.process(block)
     job.method.process(block)

@@ -68,3 +68,12 @@ def test_processes_add_up(monkeypatch):
 def test_sums_are_float32(dtype):
     values = torch.full((4, 6), 300.0, dtype=dtype)
     assert seen(values).matrix.dtype == torch.float32 and seen(values).matrix[0, 0] == 300**2
+
+
+def test_divided_inputs_are_what_was_seen_divided():
+    values, columns = tokens(), torch.linspace(0.5, 2, 6)
+    moments = seen(values)
+    assert moments.rescale(columns)
+    divided = values / columns
+    assert torch.allclose(moments.matrix, divided.T @ divided / 40, rtol=1e-5)
+    assert torch.allclose(moments.mean, divided.abs().mean(0), rtol=1e-5)

@@ -3,7 +3,8 @@
 glibc serves allocations below a threshold from a heap that only shrinks at its end, and raises the threshold
 (up to 32 MB) as large blocks are freed. Weights of that size then leave holes, and a run that frees every block
 still grows by tens of megabytes a block. Fixing the threshold makes large tensors mappings of their own, which
-go back when freed. That has to happen before the first large allocation: a hole that is already there, touched
+go back when freed. The threshold is 8 MB: each mapping is made of pages that the system first has to clear, which costs
+more than the arithmetic on temporaries of a few megabytes. That has to happen before the first large allocation: a hole that is already there, touched
 or not, serves later requests before a mapping is made. `trim` gives back what has gathered in holes since.
 
 Python's own collector of cycles walks through everything that is alive, again and again while large libraries are
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGE = 2**20
+_LARGE = 2**23
 
 
 def return_large_blocks() -> bool:
-    """Fix glibc's thresholds at 1 MB for this process; return whether that was possible."""
+    """Fix glibc's thresholds at 8 MB for this process; return whether that was possible."""
     mallopt = _glibc("mallopt")
     if mallopt is None:
         return False

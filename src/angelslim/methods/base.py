@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from ..base.errors import ConfigError, did_you_mean
 from ..base.registry import Registry
 from ..models.block import Block
+from ..models.inputs import Makers
 from ..models.loading import Source
 from ..models.select import Layer
 from ..models.structure import Group
@@ -34,6 +35,9 @@ class Blockwise(Protocol):
     the engine calls it if `process` has not. A method whose next block shall see what its rounding did calls
     `block.collect` to watch the original block, `block.replace` for each weight, then `block.advance`.
 
+    Sums over a linear's inputs that a stage needs are named by `statistics` before any stage begins, and collected in
+    one run of the samples for all of them (`models.inputs`); `block.statistic` returns them.
+
     Processes that torchrun started hold different samples (`base.parallel`): statistics are merged and errors summed
     before anything is decided by them, and every process makes the same calls.
 
@@ -46,6 +50,10 @@ class Blockwise(Protocol):
         bool  # calls `block.compare`, so the original model's activations are kept beside its own
     )
 
+    keeps_function: (
+        bool  # leaves the block's outputs as they are, so the next block does not see what rounding did
+    )
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Take the method's options from the recipe; wrong values are a `ConfigError`."""
 
@@ -54,6 +62,9 @@ class Blockwise(Protocol):
 
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
         """Estimate the bytes that `process` holds for these layers of a block, beside the block and its results."""
+
+    def statistics(self, block: Block) -> Makers:
+        """Name the statistics that `process` will ask the block for with `block.statistic` or `take`; maybe none."""
 
     def process(self, block: Block) -> None:
         """Quantize every layer of `block` and hand each in with `block.emit`; a transform changes them instead."""

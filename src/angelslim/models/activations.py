@@ -28,6 +28,7 @@ class ActivationStore:
     def put(self, generation: int, sample: int, hidden: Tensor) -> None:
         """Keep one sample's hidden state."""
         hidden = hidden.detach().to("cpu").contiguous()
+        self.drop(generation, sample)
         if self._resident + hidden.nbytes <= self.budget:
             self._memory[generation, sample] = hidden
             self._resident += hidden.nbytes

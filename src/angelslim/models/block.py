@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..base.errors import ModelError
 from ..numerics.error import Histogram, LayerRecord, error_of
 from ..numerics.quantize import Quantized
+from .inputs import Inputs, Makers, Observe, S
 from .loading import Source
 from .select import Layer
 from .structure import Group
 
-Observe = Callable[[Tensor], None]
 ObservePair = Callable[[Tensor, Tensor | None], None]
 
 
@@ -49,8 +49,8 @@ class Runner(Protocol):
     def submodule(self, path: str) -> nn.Module:
         """Return a module inside by its full path."""
 
-    def run(self, observe: Mapping[str, Observe], *, keep: bool) -> None:
-        """Run every sample; `keep` makes the outputs the next block's inputs."""
+    def run(self, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
+        """Run every sample; `keep` makes the outputs the next block's inputs, `again` holds the inputs all the same."""
 
     def compare(self, observe: Mapping[str, ObservePair]) -> None:
         """Run every sample from its own and from the original model's inputs."""
@@ -84,6 +84,10 @@ class Block:
     expert_scales: dict[str, Tensor] = field(
         default_factory=dict
     )  # stack's path -> what its inputs were scaled by
+    keeps_outputs: bool = (
+        False  # of the run that collects statistics: rounding will not be seen by the next block
+    )
+    _inputs: Inputs = field(default_factory=Inputs)
 
     @property
     def samples(self) -> int:
@@ -140,6 +144,36 @@ class Block:
         """
         self._assign(path, value)
         self.changed[path] = self.parameter(path)
+        self._inputs.forget()
+        self.advanced = False
+
+    def rescale(self, values: Mapping[str, Tensor], readers: Sequence[str], columns: Tensor) -> None:
+        """Rewrite parameters that together only divide the inputs of `readers` by `columns` ``[in]``.
+
+        The block's function stays, so what is known of its inputs and outputs does too.
+        """
+        for path, value in values.items():
+            self._assign(path, value)
+            self.changed[path] = self.parameter(path)
+        self._inputs.rescaled(readers, columns)
+
+    def expect(self, makers: Makers) -> None:
+        """Say what statistics will be asked for, so that they are collected in one run of the samples."""
+        self._inputs.expect(makers)
+
+    def statistic(self, kind: type[S], path: str) -> S:
+        """Return the statistic of a linear's inputs, as they are before any weight is rounded; it was expected."""
+        return self._inputs.find(kind, path, self._collect_statistics)
+
+    def take(self, kind: type[S], path: str) -> S:
+        """Return a statistic that nobody else will ask for, so that it is gone with its user: they are large."""
+        found = self.statistic(kind, path)
+        self._inputs.drop(kind, path)
+        return found
+
+    def _collect_statistics(self, observe: Mapping[str, Observe]) -> None:
+        self._runner.run(observe, keep=self.keeps_outputs, again=True)
+        self.advanced = self.advanced or self.keeps_outputs
 
     def replace(self, layer: Layer, weight: Tensor) -> None:
         """Let the block compute with another weight ``[out, in]`` from now on, in the model's own type."""

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base import parallel
-from .block import Observe, ObservePair
+from .block import ObservePair
+from .inputs import Observe
 from .loading import Source
 from .structure import Group
 
@@ -252,8 +253,8 @@ class ExpertRunner:
         assert path == prefix or path.startswith(prefix + "."), path
         return self.module.get_submodule(path[len(prefix) + 1 :])
 
-    def run(self, observe: Mapping[str, Observe], *, keep: bool) -> None:
-        """Run the expert's tokens; `keep` adds its weighted answers to those of the layer."""
+    def run(self, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
+        """Run the expert's tokens; `keep` adds its weighted answers to those of the layer. The tokens stay."""
         with watching({path: self.submodule(path) for path in observe}, observe):
             if not keep:
                 for piece in self._pieces:

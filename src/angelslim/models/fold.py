@@ -63,20 +63,41 @@ class Fold:
         return scale[self.rows.to(scale.device)]
 
 
+def find_all(block: Block, groups: Sequence[Group]) -> dict[Group, Fold | str]:
+    """Return the folding behind each group's input, or the reason why there is none."""
+    refused = {group: _refusal(block, group) for group in groups}
+    tried = [group for group in groups if not refused[group]]
+    before = _observe(block, tried) if tried else None
+    return {
+        group: refused[group] if before is None or refused[group] else _search(block, group, before)
+        for group in groups
+    }
+
+
 def find(block: Block, group: Group) -> Fold | str:
-    """Return the folding behind a group's input, or the reason why there is none."""
+    """Return the folding behind one group's input, or the reason why there is none."""
+    return find_all(block, [group])[group]
+
+
+def _refusal(block: Block, group: Group) -> str:
     width = _width(block, group)
     for reader in group.others:
         if not _readable(block, reader, width):
             return f"{reader} also reads the input, and its weights cannot be rescaled"
-    before = _observe(block, group)
-    if not _agreed(all(path in before.inputs for path in (*group.linears, *group.others))):
+    return ""
+
+
+def _search(block: Block, group: Group, seen: _Seen) -> Fold | str:
+    if not _agreed(all(path in seen.inputs for path in (*group.linears, *group.others))):
         return UNREACHED
+    before = seen.of(group)
     readers = [f"{path}.weight" for path in group.linears]
-    for options in _candidates(block, group, width):
+    for options in _candidates(block, group, _width(block, group)):
         if not all(_stored_plainly(block, path) for path in (*readers, *options[0].parameters)):
             continue
-        for fold in _matching(block, options, before):
+        # A single one is tried together with what makes up for it: inputs and outputs are checked in one run.
+        matching = options if len(options) == 1 else _matching(block, options, before)
+        for fold in matching:
             if _compensates(block, fold, before):
                 return fold
     return NO_MAKER
@@ -96,8 +117,7 @@ def apply(block: Block, fold: Fold, scale: Tensor) -> Tensor | str:
     values |= _multiplied(block, fold, columns)
     if not all(value.isfinite().all() for value in values.values()):
         return "the rescaled weights overflow their type"
-    for path, value in values.items():
-        block.rewrite(path, value)
+    block.rescale(values, (*fold.group.linears, *fold.group.others), columns)
     for path in _stacked(block, fold.group):
         assert block.scale_expert_inputs(path, columns)
     return columns
@@ -229,12 +249,17 @@ class _Seen:
     outputs: dict[str, list[Tensor]]
     block: Tensor
 
+    def of(self, group: Group) -> _Seen:
+        """Return what it shows of one group's readers."""
+        paths = (*group.linears, *group.others)
+        return _Seen({p: self.inputs[p] for p in paths}, {p: self.outputs[p] for p in paths}, self.block)
 
-def _observe(block: Block, group: Group) -> _Seen:
+
+def _observe(block: Block, groups: Sequence[Group]) -> _Seen:
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor]] = {}
     handles = []
-    for path in (*group.linears, *group.others):
+    for path in [path for group in groups for path in (*group.linears, *group.others)]:
 
         def note(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, path: str = path
@@ -266,7 +291,7 @@ def _matching(block: Block, options: Sequence[Fold], before: _Seen) -> Iterator[
     """Yield the options under which scaling the maker changes every reader's input as predicted."""
     values, realised = _divided(block, options[0], _probe(options[0], block.device))
     with with_values(block, values):
-        after = _observe(block, options[0].group).inputs
+        after = _observe(block, [options[0].group]).inputs
     for fold in options:
         columns = fold.spread(realised)
         if _agreed(all(_close(after.get(path), columns, then) for path, then in before.inputs.items())):
@@ -274,17 +299,22 @@ def _matching(block: Block, options: Sequence[Fold], before: _Seen) -> Iterator[
 
 
 def _compensates(block: Block, fold: Fold, before: _Seen) -> bool:
-    """Say whether the readers' outputs and the block's stay what they were when the readers make up for the scale."""
+    """Say whether the readers' inputs are divided, and their outputs and the block's stay what they were.
+
+    The readers make up for the scale here.
+    """
     values, realised = _divided(block, fold, _probe(fold, block.device))
-    with with_values(block, values | _multiplied(block, fold, fold.spread(realised))):
-        after = _observe(block, fold.group)
+    columns = fold.spread(realised)
+    with with_values(block, values | _multiplied(block, fold, columns)):
+        after = _observe(block, [fold.group])
+    divided = all(_close(after.inputs.get(path), columns, then) for path, then in before.inputs.items())
     pairs = [(after.block, before.block)]
     for path, outputs in before.outputs.items():
-        pairs += zip(after.outputs[path], outputs, strict=True)
+        pairs += zip(after.outputs.get(path, outputs), outputs, strict=True)
     # Powers of two are exact; 1 + w is not, and its error is that of storing the weights.
     room = 4 * torch.finfo(before.block.dtype).eps if fold.offset else 1e-6
     same = ((now - then).abs().max() <= room * then.abs().max() for now, then in pairs if then.numel())
-    return _agreed(all(same))
+    return _agreed(divided and all(same))
 
 
 def _close(now: Tensor | None, columns: Tensor, then: Tensor) -> bool:

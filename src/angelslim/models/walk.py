@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from .activations import ActivationStore
-from .block import Observe, ObservePair
+from .block import ObservePair
 from .experts import ExpertRunner, StreamedExperts, streamable, watching
+from .inputs import Observe
 from .loading import Source
 
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})  # everything else is for a tower
@@ -103,8 +104,10 @@ class BlockStream:
             name for name in targets if targets[name].parameter.startswith(inside) and name not in later
         )
 
-    def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool) -> None:
+    def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
         """Run every sample through block `index`; `keep` stores the outputs as the next generation.
+
+        The inputs are dropped then, unless block `index` will run `again`.
 
         With streamed experts, `keep` notes what is asked of them instead; `finish` stores the outputs.
         """
@@ -113,7 +116,7 @@ class BlockStream:
             for sample in range(len(self.samples)):
                 output = self._forward(index, sample, "record" if keep else "silent")
                 if keep and not self.experts:
-                    self._advance(index, sample, output)
+                    self._advance(index, sample, output, again=again)
 
     def compare(self, index: int, observe: Mapping[str, ObservePair]) -> None:
         """Run every sample from both of its inputs; the outputs of the original's are the next generation."""
@@ -171,9 +174,10 @@ class BlockStream:
             return self._call(index, torch.cat(hidden), calls[0])
         return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
 
-    def _advance(self, index: int, entry: int, output: Tensor) -> None:
+    def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
         self.store.put(index + 1, entry, output)
-        self.store.drop(index, entry)
+        if not again:
+            self.store.drop(index, entry)
 
     def _set_mode(self, mode: Literal["silent", "record", "play"], entry: int) -> None:
         for experts in self.experts.values():
@@ -300,9 +304,9 @@ class BlockRunner:
         found: nn.Module = self.stream.source.model.get_submodule(path)
         return found
 
-    def run(self, observe: Mapping[str, Observe], *, keep: bool) -> None:
+    def run(self, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
         """Run every sample through the block."""
-        self.stream.run(self.index, observe, keep=keep)
+        self.stream.run(self.index, observe, keep=keep, again=again)
 
     def compare(self, observe: Mapping[str, ObservePair]) -> None:
         """Run every sample from both of its inputs."""

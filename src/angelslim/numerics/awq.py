@@ -11,8 +11,8 @@ the calibration shows, on a grid of exponents r:
 r = 0 of the first kind is no scale at all, so the search never ends above rounding to nearest. Each candidate is
 judged by what the linears that share the input lose of their outputs, ``Tr(E H E^T)`` with ``E = W - Q(W s) / s`` and
 H ``[in, in]`` the second moments of the input (`moments`): a matrix product where the paper runs the block. A sample
-of the rows is enough to tell candidates apart, and the grid is searched in two rounds, coarse and fine. All
-arithmetic is float32.
+of the rows is enough to tell candidates apart, and the grid is searched coarsely, then finely beside the best.
+Sums are float32.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
+from .products import bfloat16_factors
 from .quantize import TINY, quantize, spread, tile_of, tile_range
 from .scheme import Quant
 
-GRID = 20  # steps of the exponent; the first round takes every other one
+GRID = 20  # steps of the exponent
+COARSE, FINER = 4, (2, 1)  # every fourth is tried, then those beside the best
 ROWS = 256  # of a weight that are rounded to judge a candidate
 SMALLEST = 1e-4  # of a scale before it is centred, so that dead channels stay finite
 
@@ -120,14 +122,17 @@ def search(
             Candidate(scale, *step, loss) for scale, step, loss in zip(scales, steps, losses, strict=True)
         ]
 
-    coarse = [(step, False) for step in range(0, GRID, 2)]
+    coarse = [(step, False) for step in range(0, GRID, COARSE)]
     if duo:
-        coarse += [(step, True) for step in range(0, GRID + 1, 2)]
+        coarse += [(step, True) for step in range(0, GRID + 1, COARSE)]
     found = judged(coarse)
-    best = min(found, key=lambda each: each.loss)
-    found += judged([(step, best.duo) for step in (best.step - 1, best.step + 1) if 0 <= step <= GRID])
+    for distance in FINER:
+        best = min(found, key=lambda each: each.loss)
+        near = (best.step - distance, best.step + distance)
+        found += judged([(step, best.duo) for step in near if 0 <= step <= GRID])
     return sorted(found, key=lambda each: each.loss)
 
 
 def _energy(error: Tensor, hessian: Tensor) -> float:
-    return ((error @ hessian) * error).sum().item()
+    with bfloat16_factors():  # a sum of many squares, to be compared
+        return ((error @ hessian) * error).sum().item()

@@ -1,8 +1,8 @@
 """Clipping: a smaller range than the largest weight's, where finer steps gain more than the clipped weights lose.
 
 A tile's scale usually covers its largest magnitude. At four bits one outlier then makes the steps of a whole group
-coarse. `clip_range` tries ranges that are shrunk by up to half (Lin et al. 2023, AWQ, arXiv 2306.00978, section 4)
-and keeps, for each tile alone, the one that loses least of the layer's output on the calibration inputs: with the
+coarse. `clip_range` tries ranges that are shrunk by up to half (Lin et al. 2023, AWQ, arXiv 2306.00978, section 4),
+coarsely first and then finely around the best, and keeps, for each tile alone, the one that loses least of the layer's output on the calibration inputs: with the
 error ``E = W - Q`` of a tile ``[rows, columns]`` and the matching block of ``H = X^T X [in, in]``, the loss is
 ``Tr(E H E^T)``. The full range is among the candidates, so by this measure clipping never costs anything.
 
@@ -15,15 +15,22 @@ All arithmetic is float32; the loss is taken with scales in the type in which th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantize import outer_of, quantize, quantize_with, scales_from_range, tile_of, tile_range
-from .scheme import Quant
+from .products import bfloat16_factors
+from .quantize import BAND, outer_of, quantize, quantize_with, scales_from_range, tile_of, tile_range
+from .scheme import PLAIN_SCALES, Quant
 
 MAX_SHRINK = 0.5  # the smallest range that is tried, as a share taken off the full one
 STEPS = 20
+COARSE, FINER = 4, (2, 1)  # steps between the ranges that every tile tries, and around the best of them
+
+Loss = Callable[[Tensor, Tensor | None], Tensor]  # of each tile, for scales and zero points
 
 
 def clip_range(
@@ -37,7 +44,7 @@ def clip_range(
 
     `hessian` is H ``[in, in]``, its diagonal ``[in]``, or None; `outer` that of `quantize.outer_of`, if it is shared
     between tensors. The result is that of `quantize.scales_from_range` for the ranges found, and never loses more
-    than that of the full range. Scales that are tied along a row (``fp8_channel``) have a search of their own, which
+    than that of the full range, up to the digits of a loss. Scales that are tied along a row (``fp8_channel``) have a search of their own, which
     is used instead.
     """
     if quant.scale == "fp8_channel":
@@ -45,18 +52,89 @@ def clip_range(
         return plain.scale, plain.zero
     low, high = tile_range(weight, quant.granularity)
     outer = outer_of(low, high, quant) if outer is None else outer
+    if not in_rows(weight, quant) or quant.format.kind != "int":
+        exact = weight.float()
+
+        def lost(scale: Tensor, zero: Tensor | None) -> Tensor:
+            return tile_loss(exact, scale, zero, quant, hessian)
+
+        return _searched(low, high, quant, scale_dtype, outer, lost)
+    columns = tile_of(quant.granularity, (weight.shape[0], weight.shape[1]))[1]
+    blocks = None if hessian is None else _blocks(hessian, low.shape[1], columns)
+    found = []
+    for rows in bands(weight):
+        strips = weight[rows].float().view(-1, low.shape[1], columns).transpose(0, 1).contiguous()
+        found.append(
+            _searched(
+                low[rows], high[rows], quant, scale_dtype, outer, partial(_row_loss, strips, blocks, quant)
+            )
+        )
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
+
+
+def _searched(
+    low: Tensor, high: Tensor, quant: Quant, scale_dtype: torch.dtype, outer: Tensor | None, lost: Loss
+) -> tuple[Tensor, Tensor | None]:
+    """Try the full range, then coarse steps for all tiles, then finer ones around what each tile has found."""
     scale, zero = scales_from_range(low, high, quant, scale_dtype, outer)
-    exact = weight.float()
-    loss = tile_loss(exact, scale, zero, quant, hessian)
-    for step in range(1, STEPS + 1):
-        left = 1 - MAX_SHRINK * step / STEPS
-        tried, offset = scales_from_range(low * left, high * left, quant, scale_dtype, outer)
-        lost = tile_loss(exact, tried, offset, quant, hessian)
-        better = lost < loss
-        loss, scale = torch.where(better, lost, loss), torch.where(better, tried, scale)
-        if zero is not None and offset is not None:
-            zero = torch.where(better, offset, zero)
+    loss = lost(scale, zero)
+    best = torch.zeros_like(loss)  # how much is taken off, in steps
+    for distance in (COARSE, *FINER):
+        around = best
+        if distance == COARSE:
+            tries = [torch.full_like(best, step) for step in range(COARSE, STEPS + 1, COARSE)]
+        else:
+            tries = [(around + side).clamp(0, STEPS) for side in (-distance, distance)]
+        for steps in tries:
+            left = 1 - MAX_SHRINK * steps / STEPS
+            tried, offset = scales_from_range(low * left, high * left, quant, scale_dtype, outer)
+            now = lost(tried, offset)
+            better = now < loss
+            loss, scale = torch.where(better, now, loss), torch.where(better, tried, scale)
+            best = torch.where(better, steps, best)
+            if zero is not None and offset is not None:
+                zero = torch.where(better, offset, zero)
     return scale, zero
+
+
+def _row_loss(
+    strips: Tensor, blocks: Tensor | None, quant: Quant, scale: Tensor, zero: Tensor | None
+) -> Tensor:
+    """Return `tile_loss` of integers in runs of a row: strips ``[across, rows, columns]``, scales ``[rows, across]``.
+
+    Errors are counted in steps, so that codes need not be multiplied out. Losses are compared, and a digit or two more
+    than bfloat16's three make no difference there.
+    """
+    steps = scale.float().T[..., None]
+    wanted = strips / steps
+    if zero is not None:
+        wanted += zero.float().T[..., None]
+    if quant.format.centre:
+        wanted -= quant.format.centre
+    error = wanted.round().clamp_(quant.format.low, quant.format.high).sub_(wanted)
+    if blocks is None:
+        weighed = error
+    elif blocks.shape[1] == 1:
+        weighed = error * blocks
+    else:
+        with bfloat16_factors():
+            weighed = error @ blocks
+    loss: Tensor = torch.linalg.vecdot(weighed, error) * steps[..., 0].square()
+    return loss.T
+
+
+def in_rows(weight: Tensor, quant: Quant) -> bool:
+    """Whether every tile is a run of one row with a scale of its own choice."""
+    shape = (weight.shape[0], weight.shape[1])
+    return quant.scale in PLAIN_SCALES and quant.granularity.kind in ("group", "channel") and min(shape) > 0
+
+
+def bands(weight: Tensor) -> Iterator[slice]:
+    """Yield rows that fit a processor's cache together; accelerators get all rows."""
+    step = max(BAND // weight.shape[1], 1) if weight.device.type == "cpu" else weight.shape[0]
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
 
 
 def tile_loss(
@@ -77,8 +155,14 @@ def _weighed(strips: Tensor, hessian: Tensor | None) -> Tensor:
     if hessian is None:
         return strips
     across, _, columns = strips.shape
+    blocks = _blocks(hessian, across, columns)
+    return strips * blocks if blocks.shape[1] == 1 else strips @ blocks
+
+
+def _blocks(hessian: Tensor, across: int, columns: int) -> Tensor:
+    """Return the blocks of H on its diagonal ``[across, columns, columns]``, or their diagonals ``[across, 1, columns]``."""
     missing = across * columns - hessian.shape[-1]
     if hessian.dim() == 1:
-        return strips * F.pad(hessian.float(), (0, missing)).view(across, 1, columns)
+        return F.pad(hessian.float(), (0, missing)).view(across, 1, columns)
     padded = F.pad(hessian.float(), (0, missing, 0, missing)).view(across, columns, across, columns)
-    return strips @ padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

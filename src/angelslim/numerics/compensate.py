@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
+from .products import add_squares, bfloat16_factors, mirrored
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 from .scheme import Format
 
 LAZY = 128  # columns whose effect on the rest is applied as one matrix product
 INNER = 32  # the same inside a lazy block: short updates stay in a processor's cache
-PANELS = 8  # strips in which the upper half of a symmetric sum is accumulated
 LEAF = 128  # triangles up to this size are inverted directly
 DAMP = 0.05  # the paper's 0.01 trusts a few thousand tokens too far
 ALPHA = 0.25  # share of the drift that GPTAQ corrects
@@ -53,17 +53,18 @@ class Hessian:
 
     def update(self, inputs: Tensor, originals: Tensor | None = None) -> None:
         """Take in inputs ``[tokens, in]``, with those of the original model for the same tokens if known."""
-        inputs = inputs.float()
         self.tokens += inputs.shape[0]
-        width = len(self._squares)
-        panel = max(-(-width // PANELS), 64)
-        for start in range(0, width, panel):  # the lower half is the upper one's mirror image
-            part = self._squares[start : start + panel, start:]
-            part.addmm_(inputs[:, start : start + panel].T, inputs[:, start:])
+        add_squares(self._squares, inputs)
         if originals is not None:
+            inputs = inputs.float()
             if self._drift is None:
                 self._drift = torch.zeros_like(self._squares)
             self._drift.addmm_((originals.float() - inputs).T, inputs)
+
+    def rescale(self, columns: Tensor) -> bool:
+        """Divide the inputs by `columns` ``[in]``, seen as they are; the original's are not known then."""
+        self._squares /= columns[:, None] * columns
+        return self._drift is None
 
     def merge(self) -> None:
         """Add what the other processes of the run have seen."""
@@ -78,8 +79,7 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """H, the mean over tokens."""
-        upper = self._squares.triu() / max(self.tokens, 1)
-        return upper + upper.triu(1).T
+        return mirrored(self._squares).div_(max(self.tokens, 1))
 
     @property
     def drift(self) -> Tensor | None:
@@ -236,5 +236,6 @@ def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float
     """Return how much of the layer's output is lost: ``sqrt(Tr(E H E^T) / Tr(W H W^T))``, ``E = W - Q``."""
     exact = weight.float()
     lost = exact - quantized.dequantize()
-    noise, signal = (((matrix @ hessian) * matrix).sum().item() for matrix in (lost, exact))
+    with bfloat16_factors():  # for the report: three digits are plenty
+        noise, signal = (((matrix @ hessian) * matrix).sum().item() for matrix in (lost, exact))
     return math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
+from .products import add_squares, mirrored
 
 LOUD = 2.0  # times the median size
 
@@ -33,13 +34,27 @@ class Moments:
         """Take in one sample's inputs ``[tokens, in]``."""
         if not len(inputs):
             return
-        inputs = inputs.float()
-        size = inputs.norm(dim=1, keepdim=True)
+        size = torch.linalg.vector_norm(inputs, dim=1, keepdim=True, dtype=torch.float32)
         limit = LOUD * size.median()
-        inputs = torch.where(size > limit, inputs * (limit / size), inputs)
+        loud = size > limit
         self.tokens += len(inputs)
-        self._squares.addmm_(inputs.T, inputs)
-        self._magnitudes += inputs.abs().sum(0)
+        if loud.any():  # few, and by themselves: the others stay numbers of their own type
+            rows = loud.squeeze(1)
+            self._add(inputs[rows].float() * (limit / size[rows]))
+            inputs = inputs.masked_fill(
+                loud, 0
+            )  # of one shape whatever their number: CPU code is made for shapes
+        self._add(inputs)
+
+    def _add(self, inputs: Tensor) -> None:
+        add_squares(self._squares, inputs)
+        self._magnitudes += inputs.abs().sum(0, dtype=torch.float32)
+
+    def rescale(self, columns: Tensor) -> bool:
+        """Divide the inputs by `columns` ``[in]``; loud tokens stay those that were loud before."""
+        self._squares /= columns[:, None] * columns
+        self._magnitudes /= columns
+        return True
 
     def merge(self) -> None:
         """Add what the other processes of the run have seen; each has turned down the loud ones of its own samples."""
@@ -50,7 +65,7 @@ class Moments:
     @property
     def matrix(self) -> Tensor:
         """H ``[in, in]``, the mean over tokens."""
-        return self._squares / max(self.tokens, 1)
+        return mirrored(self._squares).div_(max(self.tokens, 1))
 
     @property
     def mean(self) -> Tensor:

@@ -29,10 +29,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .clip import clip_range
+from .clip import bands, clip_range, in_rows
 from .compensate import INNER, LAZY, Factor, Hessian, round_in_place
-from .quantize import BAND, SCALE_TYPES, STORAGE, TINY, Quantized, spread, tile_of, tile_range
-from .scheme import PLAIN_SCALES, Quant
+from .quantize import SCALE_TYPES, STORAGE, TINY, Quantized, spread, tile_of, tile_range
+from .scheme import Quant
 
 SHRINK = 0.7  # the smallest range that is tried, as a share of the full one
 STEPS = 13
@@ -75,7 +75,7 @@ def searched(
     Formats and granularities other than integers in runs of a row are left to `clip.clip_range`, which has no signed
     scales.
     """
-    if not _in_rows(weight, quant) or quant.format.kind != "int":
+    if not in_rows(weight, quant) or quant.format.kind != "int":
         return clip_range(weight, quant, cost, scale_dtype, outer)
     kept = SCALE_TYPES.get(quant.scale, scale_dtype)
     columns = tile_of(quant.granularity, (weight.shape[0], weight.shape[1]))[1]
@@ -83,7 +83,7 @@ def searched(
     scale = torch.empty(low.shape, dtype=kept, device=weight.device)
     zero = None if quant.symmetric else torch.empty(low.shape, dtype=torch.int8, device=weight.device)
     costs = cost.view(1, -1, columns)
-    for rows in _bands(weight):
+    for rows in bands(weight):
         tiles = weight[rows].float().view(-1, low.shape[1], columns)
         best = torch.full(tiles.shape[:2], torch.inf, device=weight.device)
         for tried, offset in _candidates(low[rows], high[rows], quant, scale_dtype, kept, signed, steps):
@@ -94,19 +94,6 @@ def searched(
             if zero is not None and offset is not None:
                 zero[rows] = torch.where(better, offset, zero[rows])
     return scale, zero
-
-
-def _in_rows(weight: Tensor, quant: Quant) -> bool:
-    """Whether every tile is a run of one row with a scale of its own choice."""
-    shape = (weight.shape[0], weight.shape[1])
-    return quant.scale in PLAIN_SCALES and quant.granularity.kind in ("group", "channel") and min(shape) > 0
-
-
-def _bands(weight: Tensor) -> Iterator[slice]:
-    """Yield rows that fit a processor's cache together; accelerators get all rows."""
-    step = max(BAND // weight.shape[1], 1) if weight.device.type == "cpu" else weight.shape[0]
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, min(start + step, weight.shape[0]))
 
 
 def _candidates(
@@ -161,7 +148,7 @@ def descended(
     """
     quant, shape = rounded.quant, (weight.shape[0], weight.shape[1])
     tile = tile_of(quant.granularity, shape)
-    free = _in_rows(weight, quant) and rounded.global_scale is None
+    free = in_rows(weight, quant) and rounded.global_scale is None
     state = _Descent(weight, rounded, matrix, damping)
     for _ in range(passes):
         width = tile[1] if tile[1] < shape[1] else LAZY

@@ -6,8 +6,8 @@ column j of the weights by it changes nothing but the two ranges (Xiao et al. 20
 the inputs, a = 0 the weights, and the paper takes 0.5. Maxima are taken over all calibration tokens and over all rows of
 all weights that read the input; both are clamped from below, so that a channel that is always zero keeps a finite scale.
 
-`search` tries a grid of exponents instead and keeps what loses least of the group's output, with inputs and weights
-rounded as the scheme will round them. No scale at all is among the candidates and wins ties. Arithmetic is float32.
+`search` tries exponents instead, coarsely and then finely beside the best, and keeps what loses least of the group's
+output, with inputs and weights rounded as the scheme will round them. A sample of tokens and of rows tells. No scale at all is among the candidates and wins ties. Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .scheme import Quant, Scheme
 
 SMALLEST = 1e-5  # of the maxima
 ALPHAS = tuple(step / 20 for step in range(21))
+COARSE, FINER = 4, (2, 1)  # every fourth is tried, then those beside the best
+ROWS = 128  # of a weight whose outputs judge a candidate
 
 
 def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -44,6 +46,12 @@ class Reader:
     scheme: Scheme
     scale_dtype: torch.dtype  # the type in which the weight's scales are stored
 
+    def sampled(self) -> Reader:
+        """Return the reader of up to `ROWS` rows, evenly spaced; of all where scales reach over rows."""
+        if self.scheme.weight.granularity.kind not in ("group", "channel"):
+            return self
+        return Reader(self.weight[:: -(-len(self.weight) // ROWS)], self.scheme, self.scale_dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -60,13 +68,22 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
     `amax` and `weights` are the statistics ``[in]`` of `smooth_scale`; channels that must have one scale already have
     one value.
     """
+    readers = [reader.sampled() for reader in readers]
     exact = [inputs.float() @ reader.weight.float().T for reader in readers]
-    scales: dict[float | None, Tensor] = {None: torch.ones_like(amax)}
-    scales |= {alpha: smooth_scale(amax, weights, alpha) for alpha in ALPHAS}
-    losses = parallel.spread(
-        [partial(_lost, inputs, amax, scale, readers, exact) for scale in scales.values()]
-    )
-    found = [Choice(scales[alpha], alpha, loss) for alpha, loss in zip(scales, losses, strict=True)]
+
+    def judged(alphas: Sequence[float | None]) -> list[Choice]:
+        scales = [
+            torch.ones_like(amax) if alpha is None else smooth_scale(amax, weights, alpha) for alpha in alphas
+        ]
+        losses = parallel.spread([partial(_lost, inputs, amax, scale, readers, exact) for scale in scales])
+        return [Choice(*each) for each in zip(scales, alphas, losses, strict=True)]
+
+    found = judged([None, *ALPHAS[::COARSE]])
+    for distance in FINER:
+        tried = {each.alpha: each.loss for each in found[1:]}
+        place = ALPHAS.index(min(tried, key=lambda alpha: tried[alpha])) if tried else 0
+        near = (ALPHAS[max(place - distance, 0) : place], ALPHAS[place + distance :])
+        found += judged([side[0] for side in near if side])
     return min(found, key=lambda each: each.loss)
 
 

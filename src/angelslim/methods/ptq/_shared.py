@@ -53,6 +53,10 @@ class InputStatistics:
             runs = values.flatten()[: values.numel() // GROUP * GROUP].view(-1, GROUP)[::step]
             self.values = torch.cat([self.values, runs.flatten()[: room // GROUP * GROUP].float().cpu()])
 
+    def rescale(self, columns: Tensor) -> bool:
+        """What was observed of all channels together does not tell what they are one by one."""
+        return False
+
     def merge(self) -> None:
         """Take in the range that the other processes of the run have seen, and a part of the sample from each."""
         self.observer.merge()

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ...base import parallel
 from ...base.errors import ConfigError, SchemeError
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.lowbit.record import LowBit
@@ -69,6 +70,7 @@ class BlockwiseQAT:
         }
     )
     follows_original = True
+    keeps_function = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.name = str(options.get("quantizer") or "seq")
@@ -99,6 +101,10 @@ class BlockwiseQAT:
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
         """Of each weight the master, its gradient, two moments, the best state and Q(W) with its gradient."""
         return 7 * 4 * sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.module is not None)
+
+    def statistics(self, block: Block) -> Makers:
+        """It compares with the original, which is a run of its own."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Train the block, put the merged weights into it and run the samples through."""

@@ -27,19 +27,21 @@ rounding did to the groups before it (o_proj sees rounded q, k, v).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ...base.errors import ConfigError
 from ...models.block import Block, ObservePair
+from ...models.inputs import Kind, Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics import compensate, refine
 from ...numerics.observers import make_observer
 from ...numerics.quantize import Quantized, quantize_with, scale_type
-from ...numerics.scheme import PER_TENSOR, Scheme, format_named
+from ...numerics.scheme import PER_TENSOR, Format, Scheme, format_named
 from ._processes import round_together
 from ._shared import InputStatistics, Shared, by_group, head_of, round_weight, shared_scale
 
@@ -72,6 +74,8 @@ class GPTQ:
         }
         | {"observer", "percentile"}
     )
+
+    keeps_function = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.act_order = bool(_given(options, "actorder", True))
@@ -143,33 +147,51 @@ class GPTQ:
             if given.layer.module is not None and block.samples:
                 block.replace(given.layer, given.weight.dequantize())
 
-    def _observe(
-        self, block: Block, only: str | None = None
-    ) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
-        """Return the Hessian, and the static range if one is needed, of each group's head, or of one head alone."""
-        hessians: dict[str, compensate.Hessian] = {}
-        ranges: dict[str, InputStatistics] = {}
+    def statistics(self, block: Block) -> Makers:
+        """A Hessian for each group, and a range where its input is static; none where the original is followed."""
+        return {} if self.follows_original or not block.samples else self._makers(block)
+
+    def _makers(self, block: Block, only: str | None = None) -> dict[tuple[str, Kind], Callable[[], Any]]:
+        """Return what makes the empty statistics of each group's head, or of one head alone."""
+        makers: dict[tuple[str, Kind], Callable[[], Any]] = {}
         for layer in block.layers:
             if layer.module is None:
                 continue
             head, quant = head_of(block, layer), layer.scheme.input
             if only not in (None, head):
                 continue
-            if head not in hessians:
-                hessians[head] = compensate.Hessian(layer.shape[1], block.device)
-            if head not in ranges and quant is not None and quant.calibrated:
-                ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
-        watched: dict[str, ObservePair] = {
-            head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()
-        }
+            makers[head, compensate.Hessian] = partial(compensate.Hessian, layer.shape[1], block.device)
+            if quant is not None and quant.calibrated:
+                makers.setdefault((head, InputStatistics), partial(self._range, quant.format))
+        return makers
+
+    def _range(self, grid: Format) -> InputStatistics:
+        return InputStatistics(make_observer(self.observer, grid, self.percent))
+
+    def _observe(
+        self, block: Block, only: str | None = None
+    ) -> tuple[dict[str, compensate.Hessian], dict[str, InputStatistics]]:
+        """Return the Hessian, and the static range if one is needed, of each group's head, or of one head alone.
+
+        The latter is what rounding so far has left: it needs a run of its own.
+        """
+        makers = self._makers(block, only)
+        if only is None and not self.follows_original:
+            block.expect(makers)
+            found = {(path, kind): block.take(kind, path) for path, kind in makers}
+        else:
+            found = {key: make() for key, make in makers.items()}
+        hessians = {path: each for (path, _), each in found.items() if isinstance(each, compensate.Hessian)}
+        ranges = {path: each for (path, _), each in found.items() if isinstance(each, InputStatistics)}
+        if only is None and not self.follows_original:
+            return hessians, ranges
+        watched = {head: _watching(hessian, ranges.get(head)) for head, hessian in hessians.items()}
         if self.follows_original:
             block.compare(watched)
         else:
             block.collect({head: _alone(function) for head, function in watched.items()})
-        for head in hessians:
-            hessians[head].merge()
-        for head in ranges:
-            ranges[head].merge()
+        for each in found.values():
+            each.merge()
         return hessians, ranges
 
     def _quantize_group(

@@ -29,6 +29,7 @@ from torch import Tensor
 from ...base import parallel
 from ...base.errors import ConfigError, SchemeError
 from ...models.block import Block, ObservePair
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics import compensate, refine
@@ -51,6 +52,7 @@ class Learned:
 
     reads = frozenset({"iterations", "lr", "learn_batch", "learn_from", "damp", "observer", "percentile"})
     follows_original = True
+    keeps_function = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.iterations = int(options.get("iterations") or ITERATIONS)
@@ -83,6 +85,10 @@ class Learned:
             return learning
         widths = {groups.get(str(layer.module), layer.name): 4 * layer.shape[1] ** 2 for layer in inside}
         return learning + sum(widths.values()) + 6 * max(widths.values(), default=0)
+
+    def statistics(self, block: Block) -> Makers:
+        """It compares with the original, which is a run of its own."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Learn the roundings of all layers, put them into the block and run the samples through it."""

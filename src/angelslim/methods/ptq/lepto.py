@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ...base import parallel
 from ...base.errors import SchemeError
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.lepto import PATTERNS, Candidate, MagnitudeCounts, candidates, shortlist
@@ -82,6 +83,7 @@ class LeptoQuant:
 
     reads = frozenset({"lepto_extended", "lepto_margin"})
     follows_original = False
+    keeps_function = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.extended = bool(options.get("lepto_extended", False))
@@ -101,6 +103,10 @@ class LeptoQuant:
         """The counts of each operator; the original outputs of the samples that are searched are activations."""
         operators = {groups.get(layer.module or "", layer.name) for layer in layers}
         return len(operators) * PATTERNS * 16
+
+    def statistics(self, block: Block) -> Makers:
+        """Its sums are made in a run of its own, for layers that run together."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Choose the operators' scales, then round every layer."""

@@ -16,18 +16,18 @@ A layer that was published in the very numbers that are asked for, such as DeepS
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from ...models.block import Block, Observe
+from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.compensate import output_error
 from ...numerics.moments import Moments
 from ...numerics.observers import make_observer
-from ...numerics.scheme import Scheme, format_named
+from ...numerics.scheme import Format, Scheme, format_named
 from ._processes import round_together
 from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
 
@@ -39,6 +39,7 @@ class RoundToNearest:
 
     reads = frozenset({"observer", "percentile", "mse_range"})
     follows_original = False
+    keeps_function = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.clips = bool(options.get("mse_range", False))
@@ -58,44 +59,37 @@ class RoundToNearest:
         held = {groups.get(path, path): 4 * width**2 for path, width in paths.items()}
         return sum(held.values()) + SEARCHING * 4 * max((x.shape[0] * x.shape[1] for x in layers), default=0)
 
-    def process(self, block: Block) -> None:
-        """Round every layer; observe inputs first where the scheme is static or ranges are clipped."""
-        ranges, moments = self._observe(block) if block.samples else ({}, {})
-        round_together(
-            block, by_group(block), lambda members: self._round_group(block, members, ranges, moments)
-        )
-
-    def _observe(self, block: Block) -> tuple[dict[str, InputStatistics], dict[str, Moments]]:
-        """Run the samples through the unquantized block, watching each group's input once."""
-        ranges: dict[str, InputStatistics] = {}
-        moments: dict[str, Moments] = {}
-        for layer in block.layers:
+    def statistics(self, block: Block) -> Makers:
+        """Ranges of static inputs, moments where ranges of weights are clipped; one of each for a group."""
+        makers: dict[tuple[str, type], Callable[[], Any]] = {}
+        for layer in block.layers if block.samples else ():
             if layer.module is None:
                 continue
             head, quant = head_of(block, layer), layer.scheme.input
-            if quant is not None and quant.calibrated and head not in ranges:
-                ranges[head] = InputStatistics(make_observer(self.observer, quant.format, self.percent))
-            if self.clips and head not in moments:
-                moments[head] = Moments(layer.shape[1], block.device)
-        block.advance({head: _watching(head, ranges, moments) for head in {**ranges, **moments}})
-        for head in ranges:
-            ranges[head].merge()
-        for head in moments:
-            moments[head].merge()
-        return ranges, moments
+            if quant is not None and quant.calibrated:
+                makers.setdefault((head, InputStatistics), partial(self._range, quant.format))
+            if self.clips:
+                makers[head, Moments] = partial(Moments, layer.shape[1], block.device)
+        return makers
 
-    def _round_group(
-        self,
-        block: Block,
-        members: list[Layer],
-        ranges: Mapping[str, InputStatistics],
-        moments: dict[str, Moments],
-    ) -> None:
+    def _range(self, grid: Format) -> InputStatistics:
+        return InputStatistics(make_observer(self.observer, grid, self.percent))
+
+    def process(self, block: Block) -> None:
+        """Round every layer; watch the inputs first where the scheme is static or ranges are clipped."""
+        makers = self.statistics(block)
+        block.expect(makers)
+        for path, kind in makers:
+            block.statistic(kind, path)  # while the block is as the samples shall see it
+        if block.samples and not block.advanced:
+            block.advance()
+        round_together(block, by_group(block), lambda members: self._round_group(block, members, makers))
+
+    def _round_group(self, block: Block, members: list[Layer], makers: Makers) -> None:
         shared = shared_scale(block, members)
         head = "" if members[0].module is None else head_of(block, members[0])
-        seen = moments.pop(head, None)  # gone when its group is done: they are large
-        squares = None if seen is None else seen.matrix
-        statistics = ranges.get(head)
+        squares = block.take(Moments, head).matrix if (head, Moments) in makers else None
+        statistics = block.take(InputStatistics, head) if (head, InputStatistics) in makers else None
         for layer in members:
             weight = block.weight(layer)
             own = None if shared or squares is not None else block.published(layer)
@@ -107,16 +101,6 @@ class RoundToNearest:
             scale = statistics.scale(layer.scheme.input)
             histogram = statistics.histogram(layer.scheme.input, scale)
             block.emit(layer, weight, quantized, scale, histogram, output_error=error)
-
-
-def _watching(head: str, ranges: Mapping[str, InputStatistics], moments: Mapping[str, Moments]) -> Observe:
-    watchers = [each[head].update for each in (ranges, moments) if head in each]
-
-    def watch(inputs: Tensor) -> None:
-        for update in watchers:
-            update(inputs)
-
-    return watch
 
 
 METHOD = RoundToNearest

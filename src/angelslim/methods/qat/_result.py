@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.quantize import Quantized
@@ -16,6 +17,7 @@ class Trained:
 
     reads: frozenset[str] = frozenset()
     follows_original = False
+    keeps_function = True
     merges = True
 
     def __init__(self, layers: Mapping[str, Quantized], notes: Mapping[str, str]) -> None:
@@ -28,6 +30,10 @@ class Trained:
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
         """Nothing beside the results."""
         return 0
+
+    def statistics(self, block: Block) -> Makers:
+        """None."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Hand in every layer of the block."""

@@ -52,12 +52,19 @@ class Places:
     def __init__(self, what: str) -> None:
         self.what = what
         self._said: set[tuple[str, str]] = set()
+        self._last: tuple[Block, list[Place]] | None = None
 
     def of(self, block: Block) -> list[Place]:
-        """Return the places of a block."""
+        """Return the places of a block; those of the last one are remembered."""
+        if self._last is None or self._last[0] is not block:
+            self._last = block, self._found(block)
+        return self._last[1]
+
+    def _found(self, block: Block) -> list[Place]:
         found = []
-        for group, (layers, experts) in _readers(block).items():
-            place = fold.find(block, group)
+        readers = _readers(block)
+        for group, place in fold.find_all(block, list(readers)).items():
+            layers, experts = readers[group]
             reason = place if isinstance(place, str) else _refusal(block, place)
             if isinstance(place, Fold) and not reason:
                 found.append(Place(place, tuple(layers), tuple(experts)))

@@ -22,6 +22,7 @@ from ...base import parallel
 from ...base.errors import ModelError, SchemeError
 from ...models.attention import stored_name, watched
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.loading import Source
 from ...models.select import Layer
 from ...models.structure import Group
@@ -36,6 +37,7 @@ class KeyValueCache:
 
     reads = frozenset({"quant"})
     follows_original = False
+    keeps_function = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         quant = options["quant"]
@@ -53,6 +55,10 @@ class KeyValueCache:
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
         """Nothing beside the block."""
         return 0
+
+    def statistics(self, block: Block) -> Makers:
+        """Keys and values are no inputs of a linear."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Watch the block's attention and hand in its scales; an expert has none."""

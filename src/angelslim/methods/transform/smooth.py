@@ -11,6 +11,7 @@ the maker nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from ...base import parallel
 from ...base.errors import ConfigError
 from ...models import fold
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.scheme import Scheme
 from ...numerics.smooth import Reader, search, smooth_scale
 from ._shared import Place, Places, scale_dtype
 
-SAMPLED = 1024  # tokens of a group's input that the search looks at
+SAMPLED = 512  # tokens of a group's input that the search looks at
 SEARCH = "search"
 
 
@@ -50,6 +52,12 @@ class Range:
         if self._each:
             self._kept = parallel.gathered(self.tokens)
 
+    def rescale(self, columns: Tensor) -> bool:
+        """Divide the inputs by `columns` ``[in]``."""
+        self.amax = self.amax / columns
+        self._kept = [each / columns for each in self._kept]
+        return True
+
     @property
     def tokens(self) -> Tensor:
         """The sample."""
@@ -61,6 +69,7 @@ class Smooth:
 
     reads = frozenset({"alpha"})
     follows_original = False
+    keeps_function = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         given = options.get("alpha", 0.5)
@@ -80,16 +89,19 @@ class Smooth:
         rounded = 4 * 4 * max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
         return 4 * SAMPLED * sum(widths) + (outputs + rounded if self.alpha is None else 0)
 
+    def statistics(self, block: Block) -> Makers:
+        """The range of each group's inputs that can be smoothed."""
+        each = 0 if self.alpha is not None else -(-SAMPLED // max(parallel.total_count(block.samples), 1))
+        return {
+            (place.head, Range): partial(Range, place.fold.width, each, block.device)
+            for place in self.places.of(block)
+        }
+
     def process(self, block: Block) -> None:
         """Smooth every group of the block that can be."""
-        found = self.places.of(block)
-        each = 0 if self.alpha is not None else -(-SAMPLED // max(parallel.total_count(block.samples), 1))
-        ranges = {place.head: Range(place.fold.width, each, block.device) for place in found}
-        block.collect({head: seen.update for head, seen in ranges.items()})
-        for seen in ranges.values():
-            seen.merge()
-        for place in found:
-            scale = self._scale(block, place, ranges.pop(place.head))
+        block.expect(self.statistics(block))
+        for place in self.places.of(block):
+            scale = self._scale(block, place, block.take(Range, place.head))
             done = None if scale is None else fold.apply(block, place.fold, scale)
             if isinstance(done, str):
                 self.places.say(place.fold.group, done)

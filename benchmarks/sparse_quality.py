@@ -39,7 +39,7 @@ DENSITIES = (0.05, 0.10, 0.20, 0.30)
 SOLVED = 80.0  # percent that dense attention must reach for a family to count
 RESAMPLES = 2000
 ROWS = {"cuda": 100, "cpu": 12}
-PUBLISHED = ("a_shape", "tri_shape", "dilated", "strided", "minference", "xattention", "flexprefill", "stem")
+LAST = ("union", "uniform", "oracle")  # in the table
 VARIANTS = {"stem without TPD": {"tpd": False}, "stem without OAM": {"oam": False}}
 NATIVE = "own budget"
 
@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, A
     corpus = encode(tokenizer, builtin.text("evaluation", 10**9)).to(device)
     length = arguments.length or max(result["length"] for result in record["results"])
     drawn = draw(Tokens(**record["language"]), corpus, length, arguments.rows or ROWS[device])
-    names = arguments.selectors or [*PUBLISHED, "union", "uniform", "oracle"]
+    names = arguments.selectors or [*sorted(set(SELECTORS) - set(LAST)), *LAST]
     dense = measure(model, Row("dense", "–"), drawn, "dense", {}, record["block"])
     families = [family for family in FAMILIES if dense.results[family].value >= SOLVED]
     rows = [dense]

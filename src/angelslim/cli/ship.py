@@ -11,8 +11,7 @@ import typer
 
 from ..base import console
 from ..base.errors import ConfigError
-from .suites import Request
-from .suites import run as run_suites
+from . import suites
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,17 +67,13 @@ def evaluate(
         float | None,
         typer.Option(help="Share of the causal area that sparse attention reads (default: its own budget)."),
     ] = None,
-    block: Annotated[
-        int | None, typer.Option(help="Side of a block of sparse attention, in tokens (default: 128).")
-    ] = None,
-    suite: Annotated[str, typer.Option(help="A suite of long prompts instead: ruler or longbench.")] = "",
-    lengths: Annotated[str, typer.Option(help="Lengths of the suite's prompts in tokens: 4k,8k.")] = "4k",
-    data: Annotated[Path | None, typer.Option(help="Folder of LongBench's jsonl files.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the suite's JSON and page.")] = None,
-    export_tasks: Annotated[
-        Path | None, typer.Option(help="Only write the suite as lm-eval tasks into this folder.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the suite runs: cpu or cuda.")] = "cpu",
+    block: suites.Block = None,
+    suite: suites.Name = "",
+    lengths: suites.Lengths = "4k",
+    data: suites.Data = None,
+    out: suites.Out = None,
+    export_tasks: suites.Export = None,
+    device: suites.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed that draws the examples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
@@ -86,10 +81,8 @@ def evaluate(
     if suite:
         words, kinds = _words(tasks), _words(attn)
         chosen = (density, block, device, seed, as_json)
-        run_suites(
-            models, Request(suite, lengths, words, samples, text, data, out, export_tasks, kinds, *chosen)
-        )
-        return
+        asked = (suite, lengths, words, samples, text, data, out, export_tasks, kinds, *chosen)
+        return suites.run(models, suites.Request(*asked))
     from ..evaluate.harness import run_harness
     from ..evaluate.suite import evaluate as run_suite
 

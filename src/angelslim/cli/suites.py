@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ..evaluate.suites.run import AttentionFigures
+
+
+Block = Annotated[
+    int | None, typer.Option(help="Side of a block of sparse attention, in tokens (default: 128).")
+]
+Name = Annotated[str, typer.Option(help="A suite of long prompts instead: ruler or longbench.")]
+Lengths = Annotated[str, typer.Option(help="Lengths of the suite's prompts in tokens: 4k,8k.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of LongBench's jsonl files.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the suite's JSON and page.")]
+Export = Annotated[Path | None, typer.Option(help="Only write the suite as lm-eval tasks into this folder.")]
+Device = Annotated[str, typer.Option(help="Where the suite runs: cpu or cuda.")]
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ def test_the_official_harness_reads_the_folder(
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             text = tokenizer.decode(ids[mask.bool()])
             seen.append(ids[mask.bool()].tolist())
-            right = next((row["outputs"][0] for row in rows if row["input"] in text), "nothing")
+            right = next((row["outputs"][0] for row in rows if row["input"] == text), "nothing")
             out.append((tokenizer(right)["input_ids"] + [2] * 40)[:40])
         return torch.cat([input_ids, torch.tensor(out)], dim=1)
 
     monkeypatch.setattr(model, "generate", oracle)
     scores = {
-        score.metric: score.value for score in run_harness(model, tokenizer, names, include_path=tmp_path)
+        score.metric: score.value
+        for score in run_harness(model, tokenizer, names, include_path=tmp_path, chat=False)
     }
     assert scores == {f"{names[0]}/score": 1.0, f"{names[1]}/score": 0.0}
     ours = [

@@ -11,6 +11,7 @@ import typer
 
 from ..base import console
 from ..base.errors import ConfigError
+from . import suites
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "eval",
         rich_help_panel=GROUP,
-        epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed\n\n  angelslim eval tiny-lm --attn dense,stem,union --density 0.3",
+        epilog="[bold]Examples[/bold]\n\n  angelslim eval tiny-lm --tasks addition,recall --samples 40\n\n  angelslim eval tiny-lm --text README.md --speed\n\n  angelslim eval tiny-lm --attn dense,stem,union --density 0.3\n\n  angelslim eval tiny-lm --suite ruler --lengths 1k --samples 5 --attn dense,union",
     )(evaluate)
     app.command(
         "export",
@@ -46,7 +47,9 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="Text file for perplexity (default: built-in text).")
     ] = None,
-    tasks: Annotated[str, typer.Option(help="Generated tasks, comma-separated: addition,recall.")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Generated tasks, comma-separated: addition,recall; or tasks of the suite.")
+    ] = "",
     samples: Annotated[int, typer.Option(min=1, help="Examples per task.")] = 100,
     speed: Annotated[bool, typer.Option("--speed", help="Measure generation speed too.")] = False,
     lm_eval: Annotated[
@@ -64,10 +67,22 @@ def evaluate(
         float | None,
         typer.Option(help="Share of the causal area that sparse attention reads (default: its own budget)."),
     ] = None,
+    block: suites.Block = None,
+    suite: suites.Name = "",
+    lengths: suites.Lengths = "4k",
+    data: suites.Data = None,
+    out: suites.Out = None,
+    export_tasks: suites.Export = None,
+    device: suites.Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed that draws the examples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Measure perplexity, tasks, speed and size of models, side by side; with --attn for each kind of attention."""
+    if suite:
+        words, kinds = _words(tasks), _words(attn)
+        chosen = (density, block, device, seed, as_json)
+        asked = (suite, lengths, words, samples, text, data, out, export_tasks, kinds, *chosen)
+        return suites.run(models, suites.Request(*asked))
     from ..evaluate.harness import run_harness
     from ..evaluate.suite import evaluate as run_suite
 
@@ -81,12 +96,16 @@ def evaluate(
 
     found: dict[str, list[Score]] = {}
     for name in models:
-        found |= _with_attention(name, _words(attn), density, measure)
+        found |= _with_attention(name, _words(attn), density, block, measure)
     _print_scores(found, as_json)
 
 
 def _with_attention(
-    name: str, attn: list[str], density: float | None, measure: Callable[[Any, Any], list[Score]]
+    name: str,
+    attn: list[str],
+    density: float | None,
+    block: int | None,
+    measure: Callable[[Any, Any], list[Score]],
 ) -> dict[str, list[Score]]:
     """Measure one model with every attention that is asked for, or that its folder says; a column each."""
     from ..evaluate.size import size_scores
@@ -99,7 +118,8 @@ def _with_attention(
     wanted = attentions(attn, folder, density)
     model, tokenizer, found = load(folder), tokenizer_of(folder), dict[str, "list[Score]"]()
     for attention in wanted:
-        with attention_context(model, attention, None if attention == "dense" else density) as stats:
+        asked = None if attention == "dense" else density
+        with attention_context(model, attention, asked, block=block) as stats:
             scores = measure(model, tokenizer)
         scores += size_scores(folder, sum(parameter.numel() for parameter in model.parameters()))
         if wanted == ["dense"]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..base.errors import ModelError, did_you_mean
 
-BUILTIN = ("tiny-lm",)
+BUILTIN = ("tiny-lm", "tiny-long")
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

@@ -1,8 +1,9 @@
 """The same samples as a folder of lm-eval tasks, so that the official harness scores what we score.
 
 Each task and length becomes ``<name>.jsonl`` and ``<name>.yaml``, and the suite a group with the unweighted mean. The prompts
-are whole (a chat format is the harness's own choice: ``--apply_chat_template``), and the scores are this package's, called
-through the folder's ``utils.py``::
+are written out with the tokenizer's chat format and the answer's beginning, so that the harness, run without
+``--apply_chat_template``, reads the very tokens that we read. The scores are this package's, called through the folder's
+``utils.py``::
 
     lm_eval --model hf --model_args pretrained=MODEL --include_path FOLDER --tasks angelslim_ruler
 """
@@ -18,7 +19,7 @@ import yaml
 
 from ...base.files import write_atomically
 from . import longbench, scorers, small_language
-from .base import Sample
+from .base import Sample, written
 from .suite import Suite, samples_of
 
 UTILS = '''"""Scores of the tasks in this folder; angelslim must be installed."""
@@ -37,7 +38,8 @@ def export(suite: Suite, tokenizer: Any, folder: Path) -> list[str]:
             name = f"angelslim_{suite.name}_{task.name}_{length}"
             metric = "small" if task.score is small_language.exact else task.name
             data = (folder / f"{name}.jsonl").resolve()
-            write_atomically(data, _lines(found, metric).encode())
+            texts = [written(tokenizer, sample, task.chat) for sample in found]
+            write_atomically(data, _lines(texts, found, metric).encode())
             text = yaml.safe_dump(_task(name, data, task.new_tokens), sort_keys=False, allow_unicode=True)
             write_atomically(folder / f"{name}.yaml", (text + FUNCTION).encode())
             names.append(name)
@@ -52,17 +54,16 @@ def export(suite: Suite, tokenizer: Any, folder: Path) -> list[str]:
     return names
 
 
-def _lines(found: Sequence[Sample], metric: str) -> str:
+def _lines(texts: Sequence[str], found: Sequence[Sample], metric: str) -> str:
     rows = (
         {
             "index": index,
-            "input": sample.prompt,
-            "answer_prefix": sample.prefix,
+            "input": text,
             "outputs": list(sample.answers),
             "classes": list(sample.classes),
             "metric": metric,
         }
-        for index, sample in enumerate(found)
+        for index, (text, sample) in enumerate(zip(texts, found, strict=True))
     )
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -78,7 +79,6 @@ def _task(name: str, data: Path, new_tokens: int) -> dict[str, Any]:
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{input}}",
-        "gen_prefix": "{{answer_prefix}}",
         "doc_to_target": "{{outputs}}",
         "generation_kwargs": {"until": [], "max_gen_toks": new_tokens, "do_sample": False},
         "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],

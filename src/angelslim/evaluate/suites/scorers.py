@@ -12,7 +12,6 @@ matchers with a C extension compute it, rounded to percent.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import string
@@ -138,7 +137,9 @@ def cut(text: str) -> list[str]:
     """Cut Chinese text into words."""
     if importlib.util.find_spec("jieba") is None:
         raise MissingExtra("jieba", "longbench", "Scoring Chinese answers")
-    words: list[str] = importlib.import_module("jieba").lcut(text, cut_all=False)
+    import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    words: list[str] = jieba.lcut(text, cut_all=False)
     return words
 
 

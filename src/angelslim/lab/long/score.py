@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from .rows import Maker, Rows
 from .tokens import Tokens
 
-MOST_TOKENS = 2**18  # of one batch
+MOST_TOKENS = 2**17  # of one batch
 
 
 @dataclass(frozen=True)

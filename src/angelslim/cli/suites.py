@@ -1,0 +1,108 @@
+"""``eval --suite``: RULER or LongBench with every attention that is named, as tables, JSON and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..base import console
+from ..base.errors import ConfigError
+from ..base.files import write_atomically
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from ..evaluate.suites.run import AttentionFigures
+
+
+Block = Annotated[
+    int | None, typer.Option(help="Side of a block of sparse attention, in tokens (default: 128).")
+]
+Name = Annotated[str, typer.Option(help="A suite of long prompts instead: ruler or longbench.")]
+Lengths = Annotated[str, typer.Option(help="Lengths of the suite's prompts in tokens: 4k,8k.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of LongBench's jsonl files.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the suite's JSON and page.")]
+Export = Annotated[Path | None, typer.Option(help="Only write the suite as lm-eval tasks into this folder.")]
+Device = Annotated[str, typer.Option(help="Where the suite runs: cpu or cuda.")]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options of ``eval`` say about a suite; the words of options are still to be read."""
+
+    suite: str
+    lengths: str
+    tasks: Sequence[str]
+    samples: int
+    text: Path | None
+    data: Path | None
+    out: Path | None
+    export: Path | None
+    attn: Sequence[str]
+    density: float | None
+    block: int | None
+    device: str
+    seed: int
+    as_json: bool
+
+
+def run(models: Sequence[str], request: Request) -> None:
+    """Measure the models one after another, or only write the tasks for lm-eval."""
+    from ..evaluate.suites.harness_tasks import export
+    from ..evaluate.suites.suite import Suite, lengths
+    from ..models.loading import resolve
+    from ..work import tokenizer_of
+
+    if len(models) > 1 and (request.out or request.export):
+        raise ConfigError("--out and --export-tasks take one model.", fix="Run the command for each.")
+    suite = Suite(
+        request.suite,
+        lengths(request.lengths),
+        list(request.tasks),
+        request.samples,
+        request.data,
+        request.text,
+        request.seed,
+    )
+    if request.export is not None:
+        names = export(suite, tokenizer_of(resolve(models[0])), request.export)
+        console.out.print(f"Wrote {len(names)} tasks to {request.export}", soft_wrap=True)
+        return
+    for name in models:
+        _measure(name, suite, request)
+
+
+def _measure(name: str, suite: object, request: Request) -> None:
+    from ..evaluate.suites.suite import Suite, run_suite
+    from ..methods.sparse.using import attention_context, attentions
+    from ..models.loading import resolve
+    from ..reopen import load
+    from ..report.suite import suite_html, suite_tables
+    from ..work import tokenizer_of
+
+    assert isinstance(suite, Suite)
+    folder = resolve(name)
+    wanted = attentions(list(request.attn), folder, request.density)
+    model = load(folder, device=request.device)
+
+    def attend(attention: str) -> AbstractContextManager[AttentionFigures]:
+        density = None if attention == "dense" else request.density
+        return attention_context(model, attention, density, block=request.block)
+
+    found = run_suite(model, tokenizer_of(folder), suite, wanted, attend)
+    found = {"model": name, "density": request.density, "block": request.block, **found}
+    text = json.dumps(found, indent=1)
+    if request.out is not None:
+        request.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(request.out / "suite.json", (text + "\n").encode())
+        write_atomically(request.out / "suite.html", suite_html(found).encode())
+    if request.as_json:
+        typer.echo(text)
+        return
+    for table in suite_tables(found):
+        console.out.print(table)

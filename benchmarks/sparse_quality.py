@@ -1,7 +1,6 @@
 """What sparse attention loses, on `tiny-long`, every selector at the same densities and with its paper's own budget.
 
-    angelslim lab train tiny-long --device cuda --out tiny-long
-    python benchmarks/sparse_quality.py tiny-long --device cuda
+    python benchmarks/sparse_quality.py src/angelslim/assets/tiny-long --device cuda
 
 Families of tasks and their scores are the model's own (`angelslim.lab.long.score`): each row is read in one sparse forward pass
 and an answer is right if all of its tokens are. Rows are the same for every selector, so differences are taken row by row.

@@ -109,7 +109,7 @@ def run_task(
     for cell in cells.values():
         row = cell.row()
         console.log.info(
-            "%s, %d tokens, %s: %.1f (density %s, %.0f ms to the first token)",
+            "%s, %d, %s: %.1f %%, density %s, TTFT %.0f ms",
             *(cell.task, cell.length, cell.attention, row["value"]),
             "–" if row["density"] is None else f"{row['density']:.3f}",
             row["ttft"],

@@ -79,9 +79,9 @@ SMALL = Size(
     context=2048,
     block=16,
     stages=(
-        Stage(128, 64, 6_000, 2e-3, WARM, enough=0.93, least=600),
-        Stage(512, 24, 1_000, 2e-3, LONGER, enough=0.95, least=200),
-        Stage(1024, 16, 1_000, 2e-3, LAST),
+        Stage(128, 24, 6_000, 2e-3, WARM, enough=0.93, least=600),
+        Stage(512, 8, 1_500, 2e-3, LONGER, enough=0.95, least=200),
+        Stage(1024, 6, 1_500, 2e-3, LAST),
     ),
     lengths=(256, 512, 1024),
     examples=50,
@@ -253,7 +253,6 @@ def _run_stage(
                 begun = time.perf_counter()
             if watch.enough(step):
                 break
-    model.to("cpu" if not cuda else "cuda")
     facts = {
         **{"length": stage.length, "rows": stage.rows, "steps": step, "lr": stage.lr},
         "seconds": time.perf_counter() - begun,

@@ -1,12 +1,16 @@
 """What a suite refuses before any work, and how lengths are written."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from angelslim.base.errors import ConfigError
-from angelslim.evaluate.suites.suite import Suite, lengths, samples_of
+from angelslim.evaluate.suites.base import tokens_of
+from angelslim.evaluate.suites.suite import Suite, lengths, run_suite, samples_of
 
 
 def test_lengths_are_tokens_or_thousands() -> None:
@@ -23,6 +27,8 @@ def test_a_suite_is_checked_when_it_is_named() -> None:
         Suite("ruler", ())
     with pytest.raises(ConfigError, match="--data"):
         Suite("longbench", (4096,))
+    with pytest.raises(ConfigError, match="'fwe'"):
+        Suite("ruler", (4096,), ["fwx"])
 
 
 def test_ruler_hides_needles_in_the_given_text(tokenizer: Any, tmp_path: Path) -> None:
@@ -31,3 +37,19 @@ def test_ruler_hides_needles_in_the_given_text(tokenizer: Any, tmp_path: Path) -
     ((task, found),) = samples_of(suite, tokenizer, 1500)
     assert task.name == "niah_text_single_2" and len(found) == 2
     assert all("Only this one sentence stands here." in sample.prompt for sample in found)
+
+
+def test_longbench_is_measured_from_its_files(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    row = {"input": "Who?", "context": "word " * 300, "answers": ["I"], "all_classes": None}
+    for name in ("hotpotqa", "lcc"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    figures = SimpleNamespace(density=None, fallbacks={}, selector_ms=0.0, kernel_ms=0.0)
+    suite = Suite("longbench", (400,), count=3, data=tmp_path)
+    found = run_suite(model, tokenizer, suite, ["dense"], lambda _: nullcontext(figures))
+    assert [(row["task"], row["family"]) for row in found["rows"]] == [
+        ("hotpotqa", "multi-document QA"),
+        ("lcc", "code"),
+    ]
+    assert found["averages"][0]["density"] is None and len(found["rows"][0]["scores"]) == 1
+    for task, samples in samples_of(suite, tokenizer, 400):
+        assert len(tokens_of(tokenizer, samples[0], task.chat)) + task.new_tokens in (399, 400)

@@ -45,17 +45,22 @@ LONGEST_SENTENCE = 300  # characters; longer pieces of a text are tables or code
 
 def tasks(tokenizer: Any, length: int, text: str, wanted: list[str] | None = None) -> list[Task]:
     """Return the tasks for one length, all or those wanted; `text` is what they are hidden in."""
-    for name in wanted or []:
-        if name not in TASKS:
-            raise ConfigError(f"RULER has no task {name!r} here.", fix=did_you_mean(name, TASKS))
-    known = small.vocabulary(tokenizer)
-    every = english(length, text) if known is None else simple(tokenizer, known, text)
+    known(wanted or [])
+    language = small.vocabulary(tokenizer)
+    every = english(length, text) if language is None else simple(tokenizer, language, text)
     missing = [name for name in wanted or [] if name not in every]
     if missing:
         raise ConfigError(
             f"The language of this model cannot ask {', '.join(missing)}.", fix=f"Known: {', '.join(every)}."
         )
     return [task for name, task in every.items() if not wanted or name in wanted]
+
+
+def known(names: list[str]) -> None:
+    """Refuse names of no task."""
+    for name in names:
+        if name not in TASKS:
+            raise ConfigError(f"RULER has no task {name!r} here.", fix=did_you_mean(name, TASKS))
 
 
 def english(length: int, text: str) -> dict[str, Task]:
@@ -82,9 +87,9 @@ def english(length: int, text: str) -> dict[str, Task]:
     return found
 
 
-def simple(tokenizer: Any, known: tuple[list[str], list[str]], text: str) -> dict[str, Task]:
+def simple(tokenizer: Any, language: tuple[list[str], list[str]], text: str) -> dict[str, Task]:
     """Return the tasks in the small language."""
-    keys, values = known
+    keys, values = language
     vocabulary = tokenizer.get_vocab()
     words = [word for word in re.findall(r"\w+|[^\w\s]", text) if word in vocabulary and word not in MARKERS]
     builds = {

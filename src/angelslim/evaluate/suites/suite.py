@@ -38,6 +38,10 @@ class Suite:
             raise ConfigError("A suite needs lengths.", fix="Give --lengths, for example 4k,8k.")
         if self.name == "longbench" and self.data is None:
             raise ConfigError("LongBench reads local files.", fix="Name their folder with --data.")
+        if self.data is not None and self.name == "longbench":
+            longbench.present(self.data, self.tasks)
+        elif self.name == "ruler":
+            ruler.known(self.tasks)
 
 
 def lengths(words: str) -> tuple[int, ...]:

@@ -197,15 +197,17 @@ def measure_speed(options: argparse.Namespace) -> None:
     """Measure step time and memory, alone on the machine."""
     from lowbit import speed
 
-    bench = bench_of(options)
-    row = speed.measure(bench, rounds=options.rounds)
-    bench.board.post("speed-compiled" if options.compile else "speed", {**row, "environment": environment()})
+    bench, place = bench_of(options), environment()
+
+    def post(row: dict[str, Any]) -> None:
+        bench.board.post("speed-compiled" if options.compile else "speed", {**row, "environment": place})
+        write_results(options, bench.board)
+
+    speed.measure(bench, rounds=options.rounds, post=post)
 
 
-def summarize(options: argparse.Namespace, board: Board) -> None:
-    """Write the results file, print the tables, draw the figure."""
-    from lowbit.figure import draw
-
+def write_results(options: argparse.Namespace, board: Board) -> tuple[Path, dict[str, Any]]:
+    """Write the results files of what is there; return where the first lies, and its figures."""
     done = board.rows()
     rows = earlier.together(
         earlier_rows(options), {name: {"base": None, **row} for name, row in done.items()}
@@ -216,7 +218,14 @@ def summarize(options: argparse.Namespace, board: Board) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     if findings := findings_of(rows):
         write("lowbit_mechanisms", findings, [], options.results)
-    path = write("lowbit_quality", raw, bars, options.results)
+    return write("lowbit_quality", raw, bars, options.results), raw
+
+
+def summarize(options: argparse.Namespace, board: Board) -> None:
+    """Write the results files, print the tables, draw the figure."""
+    from lowbit.figure import draw
+
+    path, raw = write_results(options, board)
     print(f"\n{tables(raw['methods'])}\n")
     figure = DOCS / "recovery.svg" if options.results == RESULTS else options.results / "recovery.svg"
     draw(raw["recovery"], figure)
@@ -224,7 +233,7 @@ def summarize(options: argparse.Namespace, board: Board) -> None:
     failed = [file.stem for file in (board.folder / "errors").glob("*.txt")]
     minutes = sum(board.seconds_of(run) for run in left) / 60
     print(
-        f"{len(done)} results here, {len(rows)} in all; left: {len(left)} runs, about {minutes:.1f} minutes of one worker; "
+        f"{len(board.rows())} results here, {len(raw['rows'])} in all; left: {len(left)} runs, about {minutes:.1f} minutes of one worker; "
         f"failed: {failed or 'none'}; {path}",
         flush=True,
     )

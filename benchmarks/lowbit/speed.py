@@ -4,9 +4,9 @@ Both models live in one process and take turns of a few steps; each turn gives o
 A second plain model in place of the quantized one says how much of a ratio is noise. Peak memory is the allocator's, of
 each model alone, everything included: masters, moments, activations.
 
-Twice: with the study's model, whose steps are short and so mostly launches, and on a GPU with layers of the width of a model
-of a billion parameters, the ratio that users see. Quantizers are one kernel each on CUDA (`methods/qat/_fused.py`); `--compile`
-compiles the whole step of both models besides.
+Twice: on a GPU first with layers of the width of a model of a billion parameters, the ratio that users see, then with the
+study's model, whose steps are short and so mostly launches. Quantizers are one kernel each on CUDA (`methods/qat/_fused.py`); `--compile`
+compiles the whole step of both models besides. What is measured is on disk after every method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -108,19 +108,31 @@ def compare(bench: Bench, method: str, rounds: int = ROUNDS) -> dict[str, Any]:
     }
 
 
-def measure(bench: Bench, methods: tuple[str, ...] = SPEED, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Return what ``rows/speed.json`` (or speed-compiled) holds."""
-    row = {"kind": "speed", "method": "speed", "compile": bench.compile}
-    row |= measure_shape(bench, methods, rounds)
+def measure(
+    bench: Bench,
+    methods: tuple[str, ...] = SPEED,
+    rounds: int = ROUNDS,
+    post: Callable[[dict[str, Any]], None] = lambda _row: None,
+) -> dict[str, Any]:
+    """Return what ``rows/speed.json`` (or speed-compiled) holds; `post` gets it after every method, as far as it is.
+
+    Wide layers come first: they are what users see.
+    """
+    row: dict[str, Any] = {"kind": "speed", "method": "speed", "compile": bench.compile, "methods": {}}
     if bench.device == "cuda":
         wide = replace(bench.study, shape=WIDE, rows=WIDE_TOKENS // bench.study.length)
-        found = measure_shape(replace(bench, study=wide), WIDE_SPEED, max(rounds // 2, 1))
-        row["wide"] = {"model": vars(WIDE), "tokens_a_step": WIDE_TOKENS, **found}
+        row["wide"] = {"model": vars(WIDE), "tokens_a_step": WIDE_TOKENS, "methods": {}}
+        for found in measure_shape(replace(bench, study=wide), WIDE_SPEED, max(rounds // 2, 1)):
+            row["wide"] |= found
+            post(row)
+    for found in measure_shape(bench, methods, rounds):
+        row |= found
+        post(row)
     return row
 
 
-def measure_shape(bench: Bench, methods: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """Return the figures of one model."""
+def measure_shape(bench: Bench, methods: tuple[str, ...], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the figures of one model after every method, those of the methods before included."""
     plain = peak_memory(bench, "fp")
     found: dict[str, Any] = {}
     for method in ("fp", *methods):
@@ -131,4 +143,4 @@ def measure_shape(bench: Bench, methods: tuple[str, ...], rounds: int) -> dict[s
         print(f"speed {method}: {found[method]['ratio']:.3f}", flush=True)
         gc.collect()
         torch.compiler.reset()
-    return {"plain_peak_bytes": plain, "methods": found}
+        yield {"plain_peak_bytes": plain, "methods": dict(found)}

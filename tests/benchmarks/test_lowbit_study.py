@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -196,6 +196,33 @@ def rows(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
             board.post(run.name, perform(bench, run))
         board.post("speed", measure(bench, ("seq2",), rounds=2))
         yield study, board.rows()
+
+
+def test_a_cut_measurement_of_speed_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from lowbit import speed
+    from lowbit.runs import Bench
+    from lowbit.study import STUDIES
+
+    monkeypatch.setattr(speed, "peak_memory", lambda _bench, _method: 100)
+    monkeypatch.setattr(speed, "compare", lambda bench, _method, _rounds: {"ratio": bench.study.shape.hidden})
+    bench, posted = Bench(STUDIES["full"], cast(Any, None), cast(Any, None), "cuda"), []
+
+    def post(row: dict[str, Any]) -> None:
+        posted.append(json.loads(json.dumps(row)))
+        if len(posted) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "WIDE_SPEED", ("twn",))
+    with pytest.raises(KeyboardInterrupt):
+        speed.measure(bench, ("seq2", "twn"), post=post)
+    assert [(list(row["wide"]["methods"]), list(row["methods"])) for row in posted] == [
+        (["fp"], []),
+        (["fp", "twn"], []),
+        (["fp", "twn"], ["fp"]),
+        (["fp", "twn"], ["fp", "seq2"]),
+    ], "wide layers first, and every method at once"
+    assert posted[-1]["wide"]["methods"]["twn"]["ratio"] == speed.WIDE.hidden
 
 
 def test_a_small_study_runs_from_end_to_end(rows: tuple[Any, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -87,3 +88,36 @@ def test_evaluation_and_merging_are_not_compiled(monkeypatch):
     layer(inputs())
     quantizer_of(layer).merged(master_weight(layer))
     assert not _fused._ready and len(layer.weight) == OUT
+
+
+@pytest.mark.parametrize("activations", [{}, {"activations": "int8"}], ids=["weights", "inputs"])
+def test_a_whole_model_is_one_graph_with_its_quantizers(activations, monkeypatch, caplog):
+    """Nothing is compiled within, nothing breaks the graph, and what looks for Triton is not traced."""
+    monkeypatch.setattr(_fused, "AUTOMATIC", ("cuda", "cpu"))
+    layer = quantized("absmean", {**activations}, bias=True)
+    twin = quantized("absmean", {**activations, "compile": "false"}, bias=True)
+    set_progress(layer, 30, 100)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        compiled(inputs()).square().sum().backward()
+    twin(inputs()).square().sum().backward()
+    torch.testing.assert_close(master_weight(layer).grad, master_weight(twin).grad)
+    assert not _fused._ready and not quantizer_of(layer).calls
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=NAMES)
+def test_every_quantizer_traces_without_a_break(name, options):
+    layer = quantized(name, {**options, "compile": "true"}, bias=True)
+    set_progress(layer, 30, 100)
+    torch._dynamo.reset()
+    found = torch.compile(layer, fullgraph=True, backend="eager")(inputs())
+    torch.testing.assert_close(found, quantized_twin(name, options)(inputs()))
+    assert not _fused._ready
+
+
+def quantized_twin(name, options):
+    twin = quantized(name, {**options, "compile": "false"}, bias=True)
+    set_progress(twin, 30, 100)
+    return twin

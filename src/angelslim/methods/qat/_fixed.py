@@ -36,7 +36,7 @@ class TernaryByRule(Quantizer):
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``."""
         with torch.no_grad():
-            values = self.run(
+            values = self.ahead(
                 ternary_values,
                 weight,
                 rule=self.rule,

@@ -25,6 +25,7 @@ from torch import Tensor
 from ...base import console
 
 CHOICES = ("auto", "true", "false")
+AUTOMATIC = ("cuda",)  # device types on which `auto` compiles
 BACKEND = "inductor"
 _ready: dict[Hashable, Callable[..., Any]] = {}
 _broken: set[str] = set()  # device types on which compiling failed
@@ -41,17 +42,21 @@ def _has_triton() -> bool:
 
 
 def wanted(choice: str, weight: Tensor) -> bool:
-    """Say whether the functions of a weight are to be compiled; `auto` means on CUDA devices that have Triton."""
+    """Say whether the functions of a weight are to be compiled; `auto` means on CUDA devices that have Triton.
+
+    Not where the model is being compiled itself: the functions become part of that.
+    """
+    if torch.compiler.is_compiling():  # first: what follows is nothing to trace
+        return False
     if choice != "auto":
         return choice == "true"
-    return weight.device.type == "cuda" and _has_triton()
+    return weight.device.type in AUTOMATIC and _has_triton()
 
 
 def run(function: Callable[..., Any], compiled: bool, *tensors: Tensor | None, **settings: Any) -> Any:
     """Return ``function(*tensors, **settings)``, computed without gradients; `settings` are hashable.
 
-    Where nothing can be compiled, a warning says so once and all is computed one operation after another. Within
-    a model that is being compiled itself the function becomes part of that.
+    Where nothing can be compiled, a warning says so once and all is computed one operation after another.
     """
     if not compiled or torch.compiler.is_compiling():
         return function(*tensors, **settings)

@@ -8,13 +8,13 @@ One object is made from a recipe's options, which checks them; `base.attach` cop
 `start` with the layer's weight. What is computed is computed in float32 and handed over in the type of the matrix
 product, which under autocast is the only tensor of the weight's size that stays until the backward pass.
 
-Rounding may be phased in (`_phase`), and its chains of operations may be compiled (`_fused`): both are options of every
-quantizer.
+Rounding may be phased in (`_phase`), and its chains of operations may be compiled (`_fused`), those of small layers several
+at a time (`_ahead`): options of every quantizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,7 @@ from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.tiles import shape_of, tiled
 from ...numerics.quantize import Quantized
 from ...numerics.scheme import PER_CHANNEL, Granularity
-from . import _fused
+from . import _ahead, _fused
 from ._options import choice, grain, number, storage
 from ._phase import left_over, phased
 
@@ -52,6 +52,7 @@ class Quantizer(nn.Module):
         self.compiling = choice(
             {"compile": str(options.get("compile", "auto")).lower()}, "compile", "auto", _fused.CHOICES
         )
+        self.calls: dict[Hashable, _ahead.Call] = {}
         self.phasing = False
         if self.phase_in:
             # A buffer: a number would make a compiled model compile again at each step.
@@ -89,6 +90,13 @@ class Quantizer(nn.Module):
         return _fused.run(
             function, self.training and _fused.wanted(self.compiling, weight), *tensors, **settings
         )
+
+    def ahead(self, function: Callable[..., Any], *tensors: Tensor | None, **settings: Any) -> Any:
+        """Compute like `run` what depends on parameters and buffers alone: it may have been computed before the step."""
+        weight = next(tensor for tensor in tensors if tensor is not None)
+        if self.training and _fused.wanted(self.compiling, weight):
+            return _ahead.take(self.calls, function, *tensors, **settings)
+        return function(*tensors, **settings)
 
     def join(self, linear: nn.Linear) -> None:
         """Change more of the layer than its weight, after `start`."""

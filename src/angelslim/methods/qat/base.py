@@ -27,6 +27,7 @@ from ...base.errors import ConfigError, SchemeError, did_you_mean
 from ...numerics.lowbit.record import LowBit
 from ...numerics.quantize import Quantized
 from ._activations import round_inputs
+from ._ahead import prepare
 from ._quantizer import Quantizer
 
 __all__ = [
@@ -107,8 +108,10 @@ def set_progress(model: nn.Module, step: int, steps: int) -> None:
 
     What fades over a run depends on nothing else: not on the number of forward calls, and not on restarts.
     """
-    for _, _, quantizer in quantizers(model):
+    found = list(quantizers(model))
+    for _, _, quantizer in found:
         quantizer.progress(step, steps)
+    prepare((master_weight(linear), quantizer.calls) for _, linear, quantizer in found if quantizer.calls)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class MinMax(TernaryByRule):
         if self.bits == 2:
             return super().quantized(weight)
         with torch.no_grad():
-            values = self.run(
+            values = self.ahead(
                 minmax_values,
                 weight,
                 granularity=self.granularity,

@@ -101,7 +101,7 @@ class Sherry(Quantizer):
         """Return ``scale * t``, and e times the weight more while training."""
         share = self.share if self.training and self.anneal != "none" else None
         with torch.no_grad():
-            values = self.run(
+            values = self.ahead(
                 sparse_values,
                 weight,
                 share,

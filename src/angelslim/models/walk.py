@@ -187,7 +187,7 @@ class BlockStream:
         sample = entry % len(self.samples)
         self._set_mode(mode, entry)
         output = self._call(index, self._input(index, entry), self._calls[sample][index])
-        if not output.isfinite().all():
+        if not _finite(output):
             raise ModelError(
                 f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
                 fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
@@ -322,6 +322,11 @@ class BlockRunner:
         if experts is not None:
             experts.scale = scale if experts.scale is None else experts.scale * scale
         return experts is not None
+
+
+def _finite(values: Tensor) -> bool:
+    """Say whether no value is NaN or infinite; one of them is enough to spoil a sum, which is cheap."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def _same(one: Any, other: Any) -> bool:

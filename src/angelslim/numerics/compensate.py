@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import add_squares, bfloat16_factors, mirrored
+from .products import Squares, bfloat16_factors
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 from .scheme import Format
 
@@ -41,45 +41,41 @@ RETRIES = (1.0, 10.0, 100.0)
 
 
 class Hessian:
-    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32.
-
-    Of the first, which is symmetric, only the upper half is summed up: nearly half of the work.
-    """
+    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32."""
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.tokens = 0
-        self._squares = torch.zeros(width, width, device=device)
+        self._squares = Squares(width, device)
         self._drift: Tensor | None = None
 
     def update(self, inputs: Tensor, originals: Tensor | None = None) -> None:
         """Take in inputs ``[tokens, in]``, with those of the original model for the same tokens if known."""
         self.tokens += inputs.shape[0]
-        add_squares(self._squares, inputs)
+        self._squares.add(inputs)
         if originals is not None:
             inputs = inputs.float()
             if self._drift is None:
-                self._drift = torch.zeros_like(self._squares)
+                self._drift = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
             self._drift.addmm_((originals.float() - inputs).T, inputs)
 
     def rescale(self, columns: Tensor) -> bool:
         """Divide the inputs by `columns` ``[in]``, seen as they are; the original's are not known then."""
-        self._squares /= columns[:, None] * columns
+        self._squares.rescale(columns)
         return self._drift is None
 
     def merge(self) -> None:
         """Add what the other processes of the run have seen."""
         drifts = parallel.total_count(int(self._drift is not None))
         self.tokens = parallel.total_count(self.tokens)
-        self._squares = parallel.total(self._squares)
+        self._squares.merge()
         if drifts:
-            self._drift = parallel.total(
-                torch.zeros_like(self._squares) if self._drift is None else self._drift
-            )
+            empty = self._drift is None
+            self._drift = parallel.total(torch.zeros_like(self._squares.whole()) if empty else self._drift)
 
     @property
     def matrix(self) -> Tensor:
         """H, the mean over tokens."""
-        return mirrored(self._squares).div_(max(self.tokens, 1))
+        return self._squares.whole().div_(max(self.tokens, 1))
 
     @property
     def drift(self) -> Tensor | None:

@@ -38,6 +38,9 @@ class BlockStream:
 
     With `follow_original` each sample is stored twice: entry s passes through the blocks as a method leaves
     them, entry ``len(samples) + s`` through the original ones. Both are committed and resumed together.
+
+    Nobody in the walk reads what the last block gives, so a run that would only store it is left out, unless
+    `keep_last` says that somebody else will.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class BlockStream:
         device: torch.device,
         *,
         follow_original: bool = False,
+        keep_last: bool = True,
     ) -> None:
         self.source, self.store, self.device = source, store, device
+        self.keep_last = keep_last
         self.samples = [{"input_ids": each} if isinstance(each, Tensor) else dict(each) for each in samples]
         self.blocks = source.structure.blocks
         self.entries = len(self.samples) * (2 if follow_original else 1)
@@ -104,13 +109,23 @@ class BlockStream:
             name for name in targets if targets[name].parameter.startswith(inside) and name not in later
         )
 
+    def wanted(self, generation: int) -> bool:
+        """Say whether anybody will read a generation: block `generation`, or who wants what the last one gives."""
+        return self.keep_last or generation < len(self.blocks)
+
+    def complete(self, generation: int) -> bool:
+        """Say whether the walk can go on from a generation: all of it is stored, or nobody will read it."""
+        return not self.wanted(generation) or self.store.complete(generation, self.entries)
+
     def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
-        """Run every sample through block `index`; `keep` stores the outputs as the next generation.
+        """Run every sample through block `index`; `keep` stores the outputs as the next generation, if it is wanted.
 
         The inputs are dropped then, unless block `index` will run `again`.
 
         With streamed experts, `keep` notes what is asked of them instead; `finish` stores the outputs.
         """
+        if keep and not (observe or self.experts or self.wanted(index + 1)):
+            return
         modules = {path: self.source.model.get_submodule(path) for path in observe}
         with watching(modules, observe), torch.no_grad():
             for sample in range(len(self.samples)):
@@ -146,7 +161,7 @@ class BlockStream:
 
         The original's entries need the block's original weights, which are read again.
         """
-        if not self.experts:
+        if not (self.experts and self.wanted(index + 1)):
             return
         count = len(self.samples)
         with torch.no_grad():
@@ -175,7 +190,8 @@ class BlockStream:
         return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
 
     def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
-        self.store.put(index + 1, entry, output)
+        if self.wanted(index + 1):
+            self.store.put(index + 1, entry, output)
         if not again:
             self.store.drop(index, entry)
 

@@ -276,10 +276,10 @@ def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: lis
     samples = calibration_samples(job)
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
     follow = job.follows_original
-    stream = BlockStream(job.source, samples, store, job.device, follow_original=follow)
+    stream = BlockStream(job.source, samples, store, job.device, follow_original=follow, keep_last=False)
     marker = workplace.root / "next_block"
     first = int(marker.read_text()) if marker.exists() else 0
-    whole = store.complete(first, stream.entries)
+    whole = stream.complete(first)
     if parallel.total_count(int(whole)) < parallel.world():
         first = 0
     parallel.wait()

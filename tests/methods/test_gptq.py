@@ -173,7 +173,7 @@ POINTS = {
     "after a record, before the activations": (ActivationStore, "commit", 2, False),
     "after the activations, before the marker": (ActivationStore, "commit", 2, True),
     "after the marker, before the old activations go": (ActivationStore, "forget", 3, False),
-    "while a block runs": (ActivationStore, "put", 6 * 5 + 8, True),
+    "while a block runs": (ActivationStore, "put", 6 * 4 + 8, True),
 }
 
 
@@ -205,6 +205,20 @@ def test_death_between_any_two_steps_gives_the_same_bytes(
 def test_half_of_the_activations_are_not_enough(whole, deep_folder, texts, tmp_path, monkeypatch):
     """A generation without the original's half is started over, not continued with the wrong inputs."""
     recipe, expected = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStore, "forget", dies_at(ActivationStore.forget, 3, True))
+        with pytest.raises(Killed):
+            pipeline.run(gptq_job(deep_folder, texts, recipe), tmp_path / "out")
+    files = sorted((tmp_path / "out.partial" / "activations").rglob("*.safetensors"))
+    assert len(files) == (12 if recipe == "int4_gptaq" else 6)
+    files[-1].unlink()
+    pipeline.run(gptq_job(deep_folder, texts, recipe), tmp_path / "out")
+    assert fingerprints(tmp_path / "out") == expected
+
+
+def test_what_the_last_block_gives_is_not_kept_nor_missed(whole, deep_folder, texts, tmp_path, monkeypatch):
+    """A run that died after its last block goes on from there, without activations."""
+    recipe, expected = whole
 
     def dying(*_args):
         raise Killed
@@ -213,9 +227,8 @@ def test_half_of_the_activations_are_not_enough(whole, deep_folder, texts, tmp_p
         patch.setattr(pipeline, "_assemble", dying)
         with pytest.raises(Killed):
             pipeline.run(gptq_job(deep_folder, texts, recipe), tmp_path / "out")
-    files = sorted((tmp_path / "out.partial" / "activations").rglob("*.safetensors"))
-    assert len(files) == (12 if recipe == "int4_gptaq" else 6)
-    files[-1].unlink()
+    assert not list((tmp_path / "out.partial" / "activations").rglob("*.safetensors"))
+    monkeypatch.setattr(UnitWriter, "write", dying)  # no unit is made again
     pipeline.run(gptq_job(deep_folder, texts, recipe), tmp_path / "out")
     assert fingerprints(tmp_path / "out") == expected
 
@@ -303,7 +316,8 @@ def test_more_damping_than_usual_is_said(tiny_folder):
     def hessian_of(layer):
         hessian = Hessian(layer.shape[1])
         hessian.update(torch.eye(layer.shape[1]))
-        hessian._squares[0, 0] = -0.05  # no inputs give this; rounding errors give its like
+        hessian.merge()  # nothing is left to be added
+        hessian._squares._sums[0, 0] = -0.05  # no inputs give this; rounding errors give its like
         return hessian
 
     assert {result.record.note for result in results_with(hessian_of, tiny_folder)} == {DAMPED}

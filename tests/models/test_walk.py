@@ -69,6 +69,35 @@ def test_stream_equals_the_whole_model(family, tmp_path):
         torch.testing.assert_close(store.get(len(blocks), sample), expected[sample][-1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_what_the_last_block_gives_is_stored_for_who_wants_it(family, tmp_path):
+    """The samples do not run for nothing; who watches sees them run all the same."""
+    save_random(family, tmp_path / "model")
+    source, ids = open_model(tmp_path / "model"), samples()
+    store = ActivationStore(tmp_path / "store", 1 << 24)
+    stream = BlockStream(source, ids, store, CPU, keep_last=False)
+    stream.prepare(0)
+    last = len(stream.blocks) - 1
+    runs: list[int] = []
+    for index in range(last + 1):
+        with stream.resident(index) as runner:
+            handle = runner.module.register_forward_hook(lambda *_: runs.append(1))
+            runs.clear()
+            stream.through(index)
+            handle.remove()
+            streamed = bool(stream.experts)
+            assert len(runs) == len(ids) * ((index < last) + streamed)
+            seen: list[torch.Tensor] = []
+            if index == last:
+                stream.run(
+                    index, {f"{stream.blocks[index]}.self_attn.q_proj": seen.append}, keep=True, again=True
+                )
+                assert len(seen) == len(ids)
+        assert store.complete(index + 1, len(ids)) == (index < last)
+        assert stream.complete(index + 1)
+    assert not BlockStream(source, ids, store, CPU).complete(last + 1)
+
+
 def test_the_families_would_notice_a_wrong_mask():
     """Guards the test above: with a random model, attention matters and layer types differ."""
     model = random_model("gemma3_text")

@@ -103,6 +103,26 @@ def test_uncorrelated_inputs_give_rounding_to_nearest(name):
     assert result.codes.dtype == rounded.codes.dtype and result.scale is rounded.scale
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+@pytest.mark.parametrize("rows", [(24, 8, 8), (300, 40), (1, 24)])
+@pytest.mark.parametrize("names", [[name] for name in QUANTS] + [list(QUANTS)])
+def test_weights_rounded_together_get_the_codes_that_each_gets_alone(names, rows, alpha):
+    """Of one scheme, and of schemes that differ in grid, zero points and tiles."""
+    values = inputs()
+    factor = factorize(hessian_of(values, values + 0.2 * values.roll(1, 1)), alpha=alpha)
+    given = [torch.randn(count, IN, generator=torch.Generator().manual_seed(count)) * 0.05 for count in rows]
+    given = given * len(names)
+    rounded = [
+        quantize(weight, QUANTS[names[number % len(names)]], torch.bfloat16)
+        for number, weight in enumerate(given)
+    ]
+    found = compensate.together(given, factor, rounded)
+    for weight, start, result in zip(given, rounded, found, strict=True):
+        alone = compensate.gptq(weight, factor, start)
+        assert torch.equal(result.codes.float(), alone.codes.float())
+        assert result.scale is start.scale and result.zero is start.zero and result.quant == start.quant
+
+
 @pytest.mark.parametrize("name", QUANTS)
 def test_less_of_the_output_is_lost_than_by_rounding(name):
     quant, weight, hessian = QUANTS[name], weights(), hessian_of(inputs())

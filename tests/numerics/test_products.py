@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from angelslim.numerics.products import add_squares, bfloat16_factors, mirrored
+from angelslim.numerics.products import TOGETHER, Squares, bfloat16_factors
 
 
 def values(tokens: int = 300, width: int = 200) -> torch.Tensor:
@@ -15,21 +15,40 @@ def values(tokens: int = 300, width: int = 200) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [200, 64, 7])
-def test_squares_of_inputs_lose_nothing(dtype, width):
-    inputs = values(width=width).to(dtype)
-    sums = torch.zeros(width, width)
-    for part in inputs.split(100):
-        add_squares(sums, part)
+@pytest.mark.parametrize("parts", [100, 700, TOGETHER])
+def test_squares_of_inputs_lose_nothing(dtype, width, parts):
+    inputs = values(TOGETHER + 300, width).to(dtype)
+    squares = Squares(width)
+    for part in inputs.split(parts):
+        squares.add(part)
+    assert_close(squares, inputs)
+    squares.add(inputs[:5])  # goes on after it was looked at
+    assert_close(squares, torch.cat([inputs, inputs[:5]]))
+
+
+def test_parts_of_several_types_that_change_afterwards():
+    inputs = values()
+    squares = Squares(200)
+    for part in (inputs[:100].bfloat16(), inputs[100:].clone()):
+        squares.add(part)
+        part.zero_()
+    assert_close(squares, torch.cat([inputs[:100].bfloat16().float(), inputs[100:]]))
+
+
+def test_rescaled_inputs():
+    inputs, columns = values(), torch.arange(1, 201.0)
+    squares = Squares(200)
+    squares.add(inputs[:100])
+    squares.rescale(columns)
+    squares.add(inputs[100:])
+    assert_close(squares, torch.cat([inputs[:100] / columns, inputs[100:]]))
+
+
+def assert_close(squares: Squares, inputs: torch.Tensor) -> None:
     exact = inputs.double().T @ inputs.double()
-    assert torch.allclose(
-        mirrored(sums).double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().mean().item()
-    )
-
-
-def test_half_of_the_sums_is_mirrored():
-    sums = torch.arange(9.0).view(3, 3)
-    assert torch.equal(mirrored(sums), torch.tensor([[0.0, 1, 2], [1, 4, 5], [2, 5, 8]]))
-    assert torch.equal(sums, torch.arange(9.0).view(3, 3))
+    found = squares.whole()
+    assert torch.equal(found, found.T)
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5 * exact.diagonal().mean().item())
 
 
 def test_three_digits_are_left_and_the_switch_goes_back():

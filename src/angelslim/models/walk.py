@@ -38,6 +38,9 @@ class BlockStream:
 
     With `follow_original` each sample is stored twice: entry s passes through the blocks as a method leaves
     them, entry ``len(samples) + s`` through the original ones. Both are committed and resumed together.
+
+    Nobody in the walk reads what the last block gives, so a run that would only store it is left out, unless
+    `keep_last` says that somebody else will.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class BlockStream:
         device: torch.device,
         *,
         follow_original: bool = False,
+        keep_last: bool = True,
     ) -> None:
         self.source, self.store, self.device = source, store, device
+        self.keep_last = keep_last
         self.samples = [{"input_ids": each} if isinstance(each, Tensor) else dict(each) for each in samples]
         self.blocks = source.structure.blocks
         self.entries = len(self.samples) * (2 if follow_original else 1)
@@ -104,13 +109,23 @@ class BlockStream:
             name for name in targets if targets[name].parameter.startswith(inside) and name not in later
         )
 
+    def wanted(self, generation: int) -> bool:
+        """Say whether anybody will read a generation: block `generation`, or who wants what the last one gives."""
+        return self.keep_last or generation < len(self.blocks)
+
+    def complete(self, generation: int) -> bool:
+        """Say whether the walk can go on from a generation: all of it is stored, or nobody will read it."""
+        return not self.wanted(generation) or self.store.complete(generation, self.entries)
+
     def run(self, index: int, observe: Mapping[str, Observe], *, keep: bool, again: bool = False) -> None:
-        """Run every sample through block `index`; `keep` stores the outputs as the next generation.
+        """Run every sample through block `index`; `keep` stores the outputs as the next generation, if it is wanted.
 
         The inputs are dropped then, unless block `index` will run `again`.
 
         With streamed experts, `keep` notes what is asked of them instead; `finish` stores the outputs.
         """
+        if keep and not (observe or self.experts or self.wanted(index + 1)):
+            return
         modules = {path: self.source.model.get_submodule(path) for path in observe}
         with watching(modules, observe), torch.no_grad():
             for sample in range(len(self.samples)):
@@ -146,7 +161,7 @@ class BlockStream:
 
         The original's entries need the block's original weights, which are read again.
         """
-        if not self.experts:
+        if not (self.experts and self.wanted(index + 1)):
             return
         count = len(self.samples)
         with torch.no_grad():
@@ -175,7 +190,8 @@ class BlockStream:
         return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
 
     def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
-        self.store.put(index + 1, entry, output)
+        if self.wanted(index + 1):
+            self.store.put(index + 1, entry, output)
         if not again:
             self.store.drop(index, entry)
 
@@ -187,7 +203,7 @@ class BlockStream:
         sample = entry % len(self.samples)
         self._set_mode(mode, entry)
         output = self._call(index, self._input(index, entry), self._calls[sample][index])
-        if not output.isfinite().all():
+        if not _finite(output):
             raise ModelError(
                 f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
                 fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
@@ -322,6 +338,11 @@ class BlockRunner:
         if experts is not None:
             experts.scale = scale if experts.scale is None else experts.scale * scale
         return experts is not None
+
+
+def _finite(values: Tensor) -> bool:
+    """Say whether no value is NaN or infinite; one of them is enough to spoil a sum, which is cheap."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -16,19 +16,22 @@ is ``W[:, j+1:] -= e U[j, j+1:]`` with ``e = (w_j - q_j) / U[j, j]`` (Frantar et
   its right take ``W[:, j+1:] += alpha w_j P[j, j+1:]`` with ``P = triu(D U^T, 1) U``, ``D = (X~ - X)^T X / tokens``.
   w_j is the column's value just before it is rounded, inside a lazy block and beyond it.
 
-All arithmetic is float32. One `Factor` serves every linear that reads the same input.
+All arithmetic is float32. One `Factor` serves every linear that reads the same input, and all of them are rounded in
+one pass (`together`): rows do not know of each other, so the rows of several weights are as good as one weight's, and
+the walk over the columns, one short step after another, is paid once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import add_squares, bfloat16_factors, mirrored
+from .products import Squares, bfloat16_factors
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 from .scheme import Format
 
@@ -41,45 +44,41 @@ RETRIES = (1.0, 10.0, 100.0)
 
 
 class Hessian:
-    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32.
-
-    Of the first, which is symmetric, only the upper half is summed up: nearly half of the work.
-    """
+    """Sums of ``x^T x``, and of ``(x~ - x)^T x`` where originals x~ are given, over tokens in float32."""
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.tokens = 0
-        self._squares = torch.zeros(width, width, device=device)
+        self._squares = Squares(width, device)
         self._drift: Tensor | None = None
 
     def update(self, inputs: Tensor, originals: Tensor | None = None) -> None:
         """Take in inputs ``[tokens, in]``, with those of the original model for the same tokens if known."""
         self.tokens += inputs.shape[0]
-        add_squares(self._squares, inputs)
+        self._squares.add(inputs)
         if originals is not None:
             inputs = inputs.float()
             if self._drift is None:
-                self._drift = torch.zeros_like(self._squares)
+                self._drift = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
             self._drift.addmm_((originals.float() - inputs).T, inputs)
 
     def rescale(self, columns: Tensor) -> bool:
         """Divide the inputs by `columns` ``[in]``, seen as they are; the original's are not known then."""
-        self._squares /= columns[:, None] * columns
+        self._squares.rescale(columns)
         return self._drift is None
 
     def merge(self) -> None:
         """Add what the other processes of the run have seen."""
         drifts = parallel.total_count(int(self._drift is not None))
         self.tokens = parallel.total_count(self.tokens)
-        self._squares = parallel.total(self._squares)
+        self._squares.merge()
         if drifts:
-            self._drift = parallel.total(
-                torch.zeros_like(self._squares) if self._drift is None else self._drift
-            )
+            own = torch.zeros_like(self._squares.whole()) if self._drift is None else self._drift
+            self._drift = parallel.total(own)
 
     @property
     def matrix(self) -> Tensor:
         """H, the mean over tokens."""
-        return mirrored(self._squares).div_(max(self.tokens, 1))
+        return self._squares.whole().div_(max(self.tokens, 1))
 
     @property
     def drift(self) -> Tensor | None:
@@ -93,21 +92,31 @@ class Factor:
 
     order: Tensor  # [in]: the column that comes first, second, ...
     upper: Tensor  # U [in, in]
+    squares: Tensor  # H [in, in], undamped, its columns where they were
     drift: Tensor | None  # alpha P [in, in], zero on and below the diagonal
     damping: float  # the share of the mean diagonal that was added
     dead: int  # inputs that were always zero
 
 
-def inverse_factor(hessian: Tensor, damp: float = DAMP) -> tuple[Tensor, float] | None:
+def inverse_factor(
+    hessian: Tensor, damp: float = DAMP, order: Tensor | None = None
+) -> tuple[Tensor, float] | None:
     """Return (U, damping used) with ``U^T U = (H + damping mean(diag H) I)^-1``; None when every attempt fails.
 
-    With rows and columns reversed, U is the inverse of an ordinary Cholesky factor: one factorisation and one
-    triangular solve, where factoring an explicit inverse needs two and loses digits.
+    H ``[in, in]`` is taken with its columns and rows in `order`; dead ones count as the mean of the others. With all
+    of them reversed, U is the inverse of an ordinary Cholesky factor: one factorisation and one triangular solve,
+    where factoring an explicit inverse needs two and loses digits.
     """
-    mean = hessian.diagonal().mean()
+    diagonal = hessian.diagonal()
+    order = torch.arange(len(diagonal), device=diagonal.device) if order is None else order
+    last_first = order.flip(0)
+    dead = diagonal == 0
+    live = diagonal[~dead]
+    mean = live.mean() if len(live) else diagonal.new_ones(())
     for retry in RETRIES:
         damping = damp * retry
-        damped = hessian.flip(0, 1)
+        damped = hessian[last_first[:, None], last_first]
+        damped.diagonal()[dead[last_first]] = mean
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # of a wide layer each of these is gigabytes
@@ -142,14 +151,10 @@ def factorize(
     """Prepare the rounding of all layers that read one input; None when H cannot be factored, damped or not."""
     squares = hessian.matrix
     diagonal = squares.diagonal()
-    dead = diagonal == 0
-    live = diagonal[~dead]
-    diagonal[dead] = live.mean() if len(live) else 1.0
+    dead = int((diagonal == 0).sum())
     columns = torch.arange(len(diagonal), device=diagonal.device)
-    order = torch.where(dead, 0, diagonal).argsort(descending=True, stable=True) if act_order else columns
-    permuted, count = squares[order[:, None], order], int(dead.sum())
-    del squares, diagonal, live
-    found = inverse_factor(permuted, damp)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else columns
+    found = inverse_factor(squares, damp, order)
     if found is None:
         return None
     upper, damping = found
@@ -157,7 +162,7 @@ def factorize(
     drift = drift if alpha else None
     if drift is not None:
         drift = alpha * (drift[order[:, None], order] @ upper.T).triu_(1) @ upper
-    return Factor(order, upper, drift, damping, count)
+    return Factor(order, upper, squares, drift, damping, dead)
 
 
 def gptq(weight: Tensor, factor: Factor, rounded: Quantized) -> Quantized:
@@ -166,29 +171,59 @@ def gptq(weight: Tensor, factor: Factor, rounded: Quantized) -> Quantized:
     `rounded` is the same weight rounded to nearest: its scales are in the type in which they will be stored, so
     the errors that are passed on here are those that an engine makes.
     """
-    quant, shape = rounded.quant, (weight.shape[0], weight.shape[1])
-    tile = tile_of(quant.granularity, shape)
-    scales = spread(rounded.scale.float(), tile, shape)
-    zeros = None if rounded.zero is None else spread(rounded.zero.float(), tile, shape)
+    return together([weight], factor, [rounded])[0]
+
+
+def together(weights: Sequence[Tensor], factor: Factor, rounded: Sequence[Quantized]) -> list[Quantized]:
+    """Choose the codes of all weights ``[out, in]`` that read one input, as `gptq` does of each."""
+    kinds: dict[object, list[int]] = {}  # one pass over the columns for each grid and tiling
+    for number, each in enumerate(rounded):
+        kinds.setdefault((each.quant.format, each.zero is None, _tile(each)[1]), []).append(number)
+    found = list(rounded)
+    for alike in kinds.values():
+        stacked = torch.cat([weights[number].float() for number in alike])
+        codes = _codes(stacked, factor, [rounded[number] for number in alike])
+        parts = torch.split(codes, [len(weights[number]) for number in alike])
+        for number, part in zip(alike, parts, strict=True):
+            found[number] = replace(rounded[number], codes=part)
+    return found
+
+
+def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Tensor:
+    """Return the codes ``[rows, in]`` of weights on top of each other, each with its own scales, on one grid."""
+    grid, tile, width = rounded[0].quant.format, _tile(rounded[0])[1], stacked.shape[1]
+    scales = torch.cat([_by_row(each.scale, each) for each in rounded])  # [rows, tiles across]
+    zeros = [_by_row(each.zero, each) for each in rounded if each.zero is not None]
+    offsets = torch.cat(zeros) if zeros else None
     order, upper, drift = factor.order, factor.upper, factor.drift
-    work = weight.float().T[order]  # [in, out], so that a column of W is contiguous
-    codes = torch.empty_like(work, dtype=STORAGE[quant.format.kind])
-    for start in range(0, shape[1], LAZY):
-        stop = min(start + LAZY, shape[1])
-        columns = order[start:stop]
-        scale = scales[:, columns].T.contiguous()
-        zero = None if zeros is None else zeros[:, columns].T.contiguous()
+    work = stacked.T[order]  # [in, rows], so that a column of W is contiguous
+    codes = torch.empty_like(work, dtype=STORAGE[grid.kind])
+    for start in range(0, width, LAZY):
+        stop = min(start + LAZY, width)
+        tiles = order[start:stop] // tile
+        scale = scales[:, tiles].T.contiguous()
+        zero = None if offsets is None else offsets[:, tiles].T.contiguous()
         errors = torch.empty_like(scale)
         within = None if drift is None else drift[start:stop, start:stop]
         chosen = _round_block(
-            work[start:stop], errors, upper[start:stop, start:stop], within, scale, zero, quant.format
+            work[start:stop], errors, upper[start:stop, start:stop], within, scale, zero, grid
         )
         codes[start:stop] = chosen.to(codes.dtype)
         work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         if drift is not None:
             work[stop:].addmm_(drift[start:stop, stop:].T, work[start:stop])
-    in_place = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
-    return replace(rounded, codes=in_place)
+    in_place: Tensor = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
+    return in_place
+
+
+def _tile(rounded: Quantized) -> tuple[int, int]:
+    """Return the rows and columns that share a scale."""
+    return tile_of(rounded.quant.granularity, (rounded.codes.shape[0], rounded.codes.shape[1]))
+
+
+def _by_row(per_tile: Tensor, rounded: Quantized) -> Tensor:
+    """Repeat what is known of tiles for each row: ``[tiles down, tiles across] -> [out, tiles across]``."""
+    return spread(per_tile.float(), (_tile(rounded)[0], 1), (len(rounded.codes), per_tile.shape[1]))
 
 
 def _round_block(

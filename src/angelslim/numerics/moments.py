@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import add_squares, mirrored
+from .products import Squares
 
 LOUD = 2.0  # times the median size
 
@@ -27,7 +27,7 @@ class Moments:
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.tokens = 0
-        self._squares = torch.zeros(width, width, device=device)
+        self._squares = Squares(width, device)
         self._magnitudes = torch.zeros(width, device=device)
 
     def update(self, inputs: Tensor) -> None:
@@ -47,25 +47,25 @@ class Moments:
         self._add(inputs)
 
     def _add(self, inputs: Tensor) -> None:
-        add_squares(self._squares, inputs)
+        self._squares.add(inputs)
         self._magnitudes += inputs.abs().sum(0, dtype=torch.float32)
 
     def rescale(self, columns: Tensor) -> bool:
         """Divide the inputs by `columns` ``[in]``; loud tokens stay those that were loud before."""
-        self._squares /= columns[:, None] * columns
+        self._squares.rescale(columns)
         self._magnitudes /= columns
         return True
 
     def merge(self) -> None:
         """Add what the other processes of the run have seen; each has turned down the loud ones of its own samples."""
         self.tokens = parallel.total_count(self.tokens)
-        self._squares = parallel.total(self._squares)
+        self._squares.merge()
         self._magnitudes = parallel.total(self._magnitudes)
 
     @property
     def matrix(self) -> Tensor:
         """H ``[in, in]``, the mean over tokens."""
-        return mirrored(self._squares).div_(max(self.tokens, 1))
+        return self._squares.whole().div_(max(self.tokens, 1))
 
     @property
     def mean(self) -> Tensor:

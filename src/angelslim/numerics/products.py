@@ -2,7 +2,7 @@
 
 Such a processor multiplies bfloat16 numbers and adds up in float32. That is *exact* up to the order of the sum when both
 factors are bfloat16 numbers already, as the activations of most models are: the squares of inputs, ``X^T X``, lose
-nothing (`add_squares`). Where factors have more digits the product's error is about ``2^-9`` of each term, at random:
+nothing (`Squares`). Where factors have more digits the product's error is about ``2^-9`` of each term, at random:
 too much for a Hessian that will be inverted, nothing for the sum of a hundred thousand squares that candidates are
 compared by (`bfloat16_factors`).
 
@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import parallel
+
 PANELS = 8  # strips in which the upper half of a symmetric sum is accumulated
 NARROWEST = 64  # columns of a strip
+TOGETHER = 1024  # tokens that are added up at once: each product passes over all the sums
 
 
 @cache
@@ -50,21 +53,54 @@ def bfloat16_factors(allowed: bool = True) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def add_squares(sums: Tensor, inputs: Tensor) -> None:
-    """Add ``X^T X`` of ``[tokens, in]`` to the upper half of float32 sums ``[in, in]``; `mirrored` has both halves.
+class Squares:
+    """The sum of ``X^T X [in, in]`` over inputs ``[tokens, in]`` that come in parts, in float32.
 
-    The lower half is the upper one's mirror image: nearly half of the work is spared.
+    Only the upper half is summed up; the lower one is its mirror image. Parts of one type are kept until `TOGETHER`
+    tokens have come.
     """
-    exact = inputs.dtype == torch.bfloat16
-    values, width = inputs.float(), len(sums)
-    panel = max(-(-width // PANELS), NARROWEST)
-    with bfloat16_factors(exact):
-        for start in range(0, width, panel):
-            stop = start + panel
-            sums[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
 
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        self._sums = torch.zeros(width, width, device=device)
+        self._parts: list[Tensor] = []
 
-def mirrored(sums: Tensor) -> Tensor:
-    """Return the symmetric matrix whose upper half `add_squares` has summed up."""
-    whole = sums.triu()
-    return whole.add_(whole.triu(1).T)
+    def add(self, inputs: Tensor) -> None:
+        """Add the squares of some more inputs ``[tokens, in]``, which may change afterwards."""
+        if self._parts and self._parts[0].dtype != inputs.dtype:
+            self._flush()
+        if len(inputs) >= TOGETHER:
+            self._multiply(inputs)
+            return
+        self._parts.append(inputs.clone())
+        if sum(map(len, self._parts)) >= TOGETHER:
+            self._flush()
+
+    def rescale(self, columns: Tensor) -> None:
+        """Divide the inputs by `columns` ``[in]``."""
+        self._flush()
+        self._sums /= columns[:, None] * columns
+
+    def merge(self) -> None:
+        """Add the sums of the other processes of the run."""
+        self._flush()
+        self._sums = parallel.total(self._sums)
+
+    def whole(self) -> Tensor:
+        """Return the sum, both halves of it, as a matrix of its own."""
+        self._flush()
+        upper = self._sums.triu()
+        return upper.add_(upper.triu(1).T)
+
+    def _flush(self) -> None:
+        if self._parts:
+            self._multiply(torch.cat(self._parts))
+            self._parts.clear()
+
+    def _multiply(self, inputs: Tensor) -> None:
+        exact = inputs.dtype == torch.bfloat16
+        values, width = inputs.float(), len(self._sums)
+        panel = max(-(-width // PANELS), NARROWEST)
+        with bfloat16_factors(exact):
+            for start in range(0, width, panel):
+                stop = start + panel
+                self._sums[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])

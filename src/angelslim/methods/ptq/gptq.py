@@ -204,28 +204,50 @@ class GPTQ:
         head = None if members[0].module is None else head_of(block, members[0])
         hessian = hessians.pop(head or "", None)  # gone when its group is done: they are large
         factor, note = self._factorize(members[0], hessian)
-        squares = hessian.matrix if hessian is not None and factor is not None else None
         shared = shared_scale(block, members)
-        for layer in members:
-            weight = block.weight(layer)
-            error = scale = histogram = None
-            if factor is not None and squares is not None and hessian is not None:
-                exact = refine.aimed(weight, hessian, factor, self.aim) if self.aim else weight
-                start = self._scales(layer, weight, exact, factor, shared)
-                quantized = compensate.gptq(exact, factor, start)
-                if self.descent:
-                    quantized = refine.descended(
-                        exact, quantized, squares, damping=factor.damping, passes=self.descent
-                    )
-                error = compensate.output_error(weight, quantized, squares)
-            else:
-                quantized = round_weight(weight, layer.scheme.weight, shared)
+        weights = [block.weight(layer) for layer in members]
+        if factor is not None and hessian is not None:
+            rounded, errors = self._compensated(members, weights, hessian, factor, shared)
+        else:
+            rounded = [
+                round_weight(weight, layer.scheme.weight, shared)
+                for layer, weight in zip(members, weights, strict=True)
+            ]
+            errors = [None] * len(members)
+        for layer, weight, quantized, error in zip(members, weights, rounded, errors, strict=True):
+            scale = histogram = None
             if head in ranges and layer.scheme.input is not None and layer.scheme.input.calibrated:
                 scale = ranges[head].scale(layer.scheme.input)
                 histogram = ranges[head].histogram(layer.scheme.input, scale)
             block.emit(layer, weight, quantized, scale, histogram, output_error=error, note=note)
             if head is not None and block.samples:
                 block.replace(layer, quantized.dequantize())
+
+    def _compensated(
+        self,
+        members: Sequence[Layer],
+        weights: Sequence[Tensor],
+        hessian: compensate.Hessian,
+        factor: compensate.Factor,
+        shared: Shared,
+    ) -> tuple[list[Quantized], list[float | None]]:
+        """Return the codes of layers that share an input, and what each loses of its outputs."""
+        aims = [refine.aimed(x, hessian, factor, self.aim) for x in weights] if self.aim else weights
+        start = [
+            self._scales(layer, weight, exact, factor, shared)
+            for layer, weight, exact in zip(members, weights, aims, strict=True)
+        ]
+        rounded = compensate.together(aims, factor, start)
+        if self.descent:
+            rounded = [
+                refine.descended(exact, each, factor.squares, damping=factor.damping, passes=self.descent)
+                for exact, each in zip(aims, rounded, strict=True)
+            ]
+        lost = [
+            compensate.output_error(weight, each, factor.squares)
+            for weight, each in zip(weights, rounded, strict=True)
+        ]
+        return rounded, list(lost)
 
     def _scales(
         self, layer: Layer, weight: Tensor, exact: Tensor, factor: compensate.Factor, shared: Shared

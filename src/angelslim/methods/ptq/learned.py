@@ -158,7 +158,7 @@ class Learned:
             return quantize_with(weight, scale, zero, quant)
         scale, zero = refine.searched(weight, quant, refine.importance(factor), dtype, signed=quant.symmetric)
         found = compensate.gptq(weight, factor, quantize_with(weight, scale, zero, quant))
-        return refine.descended(weight, found, hessian.matrix, damping=factor.damping)
+        return refine.descended(weight, found, factor.squares, damping=factor.damping)
 
     # -------------------------------------------------------------------------------------- learning
 

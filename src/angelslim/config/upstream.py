@@ -110,6 +110,7 @@ _METHOD_SWITCHES = (
     "learn_from",
     "lepto_extended",
     "lepto_margin",
+    "lepto_accept",
     "share_gate_up_weight_scale_2",
 )
 _HEADS = ("lm_head", "model.lm_head")

@@ -39,6 +39,7 @@ LAYERS = {
     "teacher": 5,
     "serve": 5,
     "reopen": 5,
+    "trial": 5,
     "vllm_attention": 5,
     "plan": 6,
     "sweep": 6,

@@ -197,6 +197,7 @@ def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprin
         peak_memory_bytes=0,
         layers=layers,
         experts=done.experts,
+        trial=None if done.trial is None else done.trial.to_dict(),
         skipped=job.selection.skipped,
         config=job.resolved.raw,
         provenance=job.resolved.provenance,

@@ -13,23 +13,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .base import parallel
-from .base.console import bar
+from .base.console import bar, chose
 from .base.errors import DataError, ModelError, UserError
 from .base.memory import trim
 from .data.multimodal import Sample, multimodal_samples
 from .data.text import calibration_batches
+from .export._checkpoint import QuantizedCheckpoint
 from .job import Job, Unit
 from .models.activations import ActivationStore
 from .models.block import Block
 from .models.checkpoint import UnitWriter, write_atomically
+from .models.contest import ContestedLayer
 from .models.experts import ExpertRunner, ExpertUse
 from .models.select import Layer, groups_by_linear
 from .models.structure import Group
 from .models.walk import BlockStream
 from .numerics.error import LayerRecord
+from .trial import Verdict, try_scales
 
 TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -49,6 +54,11 @@ class Workplace:
     def records(self) -> Path:
         """What was done to the layers of each finished unit, as JSON."""
         return self.root / "records"
+
+    @property
+    def plain(self) -> Path:
+        """What takes the place of contested results that lose their trial: tensors and records, files by unit."""
+        return self.root / "plain"
 
     @property
     def activations(self) -> Path:
@@ -71,7 +81,7 @@ class Workplace:
                 fix="Finish it with its own command, or delete that folder.",
             )
         parallel.wait()
-        for folder in (self.units, self.records, self.activations, self.result):
+        for folder in (self.units, self.records, self.plain, self.activations, self.result):
             folder.mkdir(parents=True, exist_ok=True)
         if not resumed and parallel.first():
             write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
@@ -85,6 +95,8 @@ class Done:
     layers: list[LayerRecord] = field(default_factory=list)
     experts: list[ExpertUse] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)  # not written yet
+    plain: Done | None = None  # what would be different with the plain ones of contested results
+    trial: Verdict | None = None  # how contested results did
 
     @classmethod
     def read(cls, file: Path) -> Done:
@@ -114,6 +126,9 @@ def compress_units(job: Job, workplace: Workplace) -> Done:
             if parallel.total_count(int(whole)) < parallel.world():
                 done = _unit(job, unit, groups, stream if unit.block is not None else None)
                 if parallel.first():
+                    if done.plain is not None:
+                        UnitWriter(workplace.plain).write(unit.name, done.plain.tensors)
+                        done.plain.write(workplace.plain / records.name)
                     writer.write(unit.name, done.tensors)
                     done.write(records)
                 del done
@@ -128,7 +143,46 @@ def compress_units(job: Job, workplace: Workplace) -> Done:
             trim()
             progress.advance()
     loaded = [Done.read(workplace.records / f"{unit.name}.json") for unit in job.units]
-    return Done([x for done in loaded for x in done.layers], [x for done in loaded for x in done.experts])
+    done = Done([x for done in loaded for x in done.layers], [x for done in loaded for x in done.experts])
+    return done if stream is None else _prove(job, workplace, done, stream)
+
+
+def _prove(job: Job, workplace: Workplace, done: Done, stream: BlockStream) -> Done:
+    """Let contested results prove themselves on the calibration samples; the plain ones take the place of losers."""
+    files = [workplace.plain / f"{unit.name}.json" for unit in job.units]
+    contested = {file.stem: Done.read(file) for file in files if file.exists()}
+    if not contested:
+        return done
+    plain = {layer.name: layer for each in contested.values() for layer in each.layers}
+    marker = workplace.root / "trial.json"
+    if not marker.exists():  # its result outlives a kill: the units are changed only after it
+        found = _try(job, workplace, {name: layer.input_scale for name, layer in plain.items()}, stream)
+        if parallel.first():
+            write_atomically(marker, json.dumps(asdict(found)).encode())
+        parallel.wait()
+    verdict = Verdict(**json.loads(marker.read_text("utf-8")))
+    ratio = f"calibration KL {verdict.searched:.4g} against {verdict.plain:.4g} with the plain ones"
+    chose("the searched input scales" if verdict.accepted else "plain input scales", ratio)
+    if verdict.accepted:
+        return replace(done, trial=verdict)
+    writer = UnitWriter(workplace.units)
+    for name in contested if parallel.first() else ():
+        writer.write(name, load_file(writer.path(name)) | load_file(workplace.plain / f"{name}.safetensors"))
+    return replace(done, layers=[plain.get(layer.name, layer) for layer in done.layers], trial=verdict)
+
+
+def _try(job: Job, workplace: Workplace, plain: Mapping[str, float | None], stream: BlockStream) -> Verdict:
+    layers = job.selection.layers
+    settings = job.exporter.config({layer.name: layer.scheme for layer in layers}, [])
+    return try_scales(
+        job.source,
+        QuantizedCheckpoint(workplace.units, job.exporter, settings, torch.float32),
+        {name: torch.tensor([[scale]]) for name, scale in plain.items() if scale is not None},
+        stream.samples,
+        workplace.activations / "trial",
+        job.config.global_.activation_budget,
+        job.device,
+    )
 
 
 def _unit(job: Job, unit: Unit, groups: Mapping[str, Group], stream: BlockStream | None) -> Done:
@@ -222,6 +276,16 @@ def _settle(job: Job, block: Block, stored: Mapping[str, str], done: Done) -> No
         )
         done.tensors |= {name: tensor.cpu() for name, tensor in tensors.items()}
         done.layers.append(result.record)
+        if isinstance(result, ContestedLayer):
+            plain = result.plain
+            other = job.exporter.tensors(
+                plain.layer.name, plain.weight, plain.layer.scheme, plain.input_scale
+            )
+            done.plain = done.plain or Done()
+            done.plain.tensors |= {
+                name: tensor.cpu() for name, tensor in other.items() if not _same(tensor, tensors[name])
+            }
+            done.plain.layers.append(plain.record)
     quantized = {result.layer.tensor for result in block.results}
     for parameter, value in block.changed.items():
         tensor = stored.get(parameter)
@@ -234,6 +298,11 @@ def _settle(job: Job, block: Block, stored: Mapping[str, str], done: Done) -> No
             done.tensors[tensor] = value.to("cpu", job.source.checkpoint.tensors[tensor].dtype)
     done.tensors |= {name: tensor.cpu() for name, tensor in block.extras.items()}
     block.results.clear()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Say whether two tensors of one type hold the same bytes; FP8 numbers cannot be compared as numbers."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def calibration_samples(job: Job) -> list[Sample]:

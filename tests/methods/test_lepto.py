@@ -32,7 +32,11 @@ MODES = {"paper": {"lepto_margin": 0}, "extended": {"lepto_margin": 0, "lepto_ex
 
 
 def test_it_is_a_method_with_declared_options():
-    assert PTQ.get("lepto") is LeptoQuant and LeptoQuant.reads == {"lepto_extended", "lepto_margin"}
+    assert PTQ.get("lepto") is LeptoQuant and LeptoQuant.reads == {
+        "lepto_extended",
+        "lepto_margin",
+        "lepto_accept",
+    }
     assert not LeptoQuant({}).extended and LeptoQuant({"lepto_extended": True}).extended
     assert LeptoQuant({}).margin == MARGIN and LeptoQuant({"lepto_margin": 0}).margin == 0
 

@@ -1,7 +1,7 @@
 """The section ``compression.quantization``: which numbers, which algorithm, which layers.
 
 The public keys keep the public dialect's names. Ours are `scheme`, `overrides`, `observer`, `percentile`, `format`,
-`quantize_lm_head`, `quantize_embeddings`, and what `QuantMethod` has from `alpha` to `lepto_margin`.
+`quantize_lm_head`, `quantize_embeddings`, and what `QuantMethod` has from `alpha` to `lepto_accept`.
 `upstream.stages` turns this section into a method and a `numerics.scheme.Scheme`.
 """
 
@@ -40,6 +40,9 @@ class QuantMethod(Section):
     learn_from: Literal["nearest", "gptq"] | None = None  # learned rounding: the codes to start from
     lepto_extended: bool | None = None  # LeptoQuant: candidates beyond the paper's
     lepto_margin: Share | None = None  # LeptoQuant: what a block's scales must gain to be kept
+    lepto_accept: Literal["calibration", "none"] | None = (
+        None  # LeptoQuant: what all scales must prove themselves on
+    )
     dequant_to_bf16: bool | None = None
     num_workers: Int | None = None
     share_gate_up_weight_scale_2: bool | None = None

@@ -95,23 +95,10 @@ _SWITCHES = (
     "base_model_repo", "base_is_fp8", "scale_search", "observer", "percentile", "quantize_embeddings",
 )  # fmt: skip
 _METHOD_SWITCHES = (
-    "mse_range",
-    "actorder",
-    "alpha",
-    "damp",
-    "dequant_to_bf16",
-    "signed_scales",
-    "descent",
-    "aim",
-    "true_sequential",
-    "iterations",
-    "lr",
-    "learn_batch",
-    "learn_from",
-    "lepto_extended",
-    "lepto_margin",
-    "share_gate_up_weight_scale_2",
-)
+    "mse_range", "actorder", "alpha", "damp", "dequant_to_bf16", "signed_scales", "descent", "aim",
+    "true_sequential", "iterations", "lr", "learn_batch", "learn_from", "lepto_extended", "lepto_margin",
+    "lepto_accept", "share_gate_up_weight_scale_2",
+)  # fmt: skip
 _HEADS = ("lm_head", "model.lm_head")
 
 

@@ -40,6 +40,11 @@ class ActivationStore:
         resident = self._memory.get((generation, sample))
         return load_file(self._file(generation, sample))["hidden"] if resident is None else resident
 
+    def copy(self, other: ActivationStore, generation: int, samples: int) -> None:
+        """Take over another store's generation."""
+        for sample in range(samples):
+            self.put(generation, sample, other.get(generation, sample))
+
     def drop(self, generation: int, sample: int) -> None:
         """Release the memory of one sample; a copy on disk stays until the next commit."""
         resident = self._memory.pop((generation, sample), None)

@@ -74,6 +74,10 @@ class BlockStream:
                     self.store.put(0, entry, hidden)
         self.source.free("")
 
+    def share(self, other: BlockStream) -> None:
+        """Take over the calls of a stream with the same samples through the same model, instead of `prepare`."""
+        self._calls, self._added = other._calls, other._added
+
     @contextmanager
     def resident(self, index: int) -> Iterator[BlockRunner]:
         """Hold one block's weights in memory, without those of its experts where they can be streamed."""
@@ -188,6 +192,38 @@ class BlockStream:
         if alike:
             return self._call(index, torch.cat(hidden), calls[0])
         return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
+
+    @contextmanager
+    def tail(self) -> Iterator[Callable[[int, Tensor], Tensor]]:
+        """Hand out what turns a sample's last hidden states ``[1, tokens, hidden]`` into logits.
+
+        The model runs with blocks that return what is given: what follows them is its own.
+        """
+        model, hooks = self.source.model, self._fill_on_demand()
+        modules = [model.get_submodule(path) for path in self.blocks]
+        given: list[Tensor] = []
+
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            return (given[0],) if self.source.structure.tuple_outputs else given[0]
+
+        def logits(sample: int, hidden: Tensor) -> Tensor:
+            inputs = self.samples[sample]
+            given[:] = [hidden.to(self.device)]
+            named = {name: inputs[name].to(self.device) for name in TEXT_INPUTS & inputs.keys()}
+            with torch.no_grad():
+                found: Tensor = model(**named, use_cache=False).logits
+            return found.float()
+
+        for module in modules:
+            module.forward = forward
+        try:
+            yield logits
+        finally:
+            for module in modules:
+                del module.forward
+            for hook in hooks:
+                hook.remove()
+            self.source.free("")
 
     def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
         if self.wanted(index + 1):

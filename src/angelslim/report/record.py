@@ -47,6 +47,7 @@ class RunRecord:
     hashes: dict[str, str] = field(default_factory=dict)  # output file -> sha256
     warnings: list[str] = field(default_factory=list)
     training: dict[str, Any] | None = None  # how the weights were trained, where they were (`training.run`)
+    trial: dict[str, Any] | None = None  # what searched scales had to prove: both divergences, and which won
     experts: list[ExpertUse] = field(default_factory=list)  # what calibration showed the experts of a mixture
 
     def to_json(self) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...base import parallel
 from ...models.block import Block, QuantizedLayer
+from ...models.contest import ContestedLayer
 from ...models.select import Layer
 from ...numerics.error import LayerRecord
 from ...numerics.quantize import Quantized
@@ -55,20 +56,29 @@ def _exchange(block: Block, groups: Sequence[list[Layer]], owners: Sequence[int]
 
 def _packed(result: QuantizedLayer) -> dict[str, Tensor]:
     weight = result.weight
-    record = json.dumps(asdict(result.record)).encode()
+    plain = result.plain if isinstance(result, ContestedLayer) else None
     tensors = {
         "codes": weight.codes,
         "scale": weight.scale,
         "zero": weight.zero,
         "global_scale": weight.global_scale,
         "input_scale": result.input_scale,
-        "record": torch.frombuffer(bytearray(record), dtype=torch.uint8),
+        "record": _written(result.record),
+        "plain_scale": None if plain is None else plain.input_scale,
+        "plain_record": None if plain is None else _written(plain.record),
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def _written(record: LayerRecord) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(asdict(record)).encode()), dtype=torch.uint8)
+
+
+def _read(text: Tensor) -> LayerRecord:
+    return LayerRecord.from_dict(json.loads(text.cpu().numpy().tobytes()))
+
+
 def _unpacked(layer: Layer, tensors: dict[str, Tensor]) -> QuantizedLayer:
-    record = LayerRecord.from_dict(json.loads(tensors["record"].numpy().tobytes()))
     weight = Quantized(
         tensors["codes"],
         tensors["scale"],
@@ -76,4 +86,8 @@ def _unpacked(layer: Layer, tensors: dict[str, Tensor]) -> QuantizedLayer:
         layer.scheme.weight,
         tensors.get("global_scale"),
     )
-    return QuantizedLayer(layer, weight, tensors.get("input_scale"), record)
+    scale, record = tensors.get("input_scale"), _read(tensors["record"])
+    if "plain_record" not in tensors:
+        return QuantizedLayer(layer, weight, scale, record)
+    plain = QuantizedLayer(layer, weight, tensors.get("plain_scale"), _read(tensors["plain_record"]))
+    return ContestedLayer(layer, weight, scale, record, plain)

@@ -13,6 +13,10 @@ this, in an order and at a price that it states:
 * What a block gains must be worth it: its operators return to their ordinary scales unless together they take
   `lepto_margin` off its error. Smaller gains of a block were found not to be gains of the model, whose KL divergence
   moved by about one percent either way. A margin of 0 is the paper's rule.
+* What all blocks together gain must be a gain of the model: with `lepto_accept: calibration`, the default, every scale
+  that differs from the ordinary one is handed in beside it (`models.contest`), and the run writes the ordinary ones
+  unless the others give a smaller KL divergence of the logits on the calibration samples (`angelslim.trial`). ``none``
+  takes the scales as they were found, as the paper does.
 
 The extended mode weighs errors by token (`_error`), since the paper's mean is decided by the few tokens whose hidden
 states are huge. Weights are rounded as by `rtn`, and the checkpoint is an ordinary static FP8 one; only
@@ -33,6 +37,7 @@ from torch import Tensor, nn
 from ...base import parallel
 from ...base.errors import SchemeError
 from ...models.block import Block
+from ...models.contest import contest
 from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
@@ -79,9 +84,9 @@ class Operator:
 
 
 class LeptoQuant:
-    """Options: `lepto_extended` (more candidates, and errors relative to each token), `lepto_margin`."""
+    """Options: `lepto_extended` (more candidates, and errors relative to each token), `lepto_margin`, `lepto_accept`."""
 
-    reads = frozenset({"lepto_extended", "lepto_margin"})
+    reads = frozenset({"lepto_extended", "lepto_margin", "lepto_accept"})
     follows_original = False
     keeps_function = False
 
@@ -89,6 +94,7 @@ class LeptoQuant:
         self.extended = bool(options.get("lepto_extended", False))
         margin = options.get("lepto_margin")
         self.margin = MARGIN if margin is None else float(margin)
+        self.guarded = (options.get("lepto_accept") or "calibration") == "calibration"
 
     def needs_data(self, scheme: Scheme) -> bool:
         """The search runs the block; a scheme without static FP8 inputs has nothing to search for."""
@@ -128,6 +134,10 @@ class LeptoQuant:
             seen = operator.statistics.histogram(operator.quant, operator.scale)
             choice = f"{operator.choice}, block error x{operator.gain:.4f}"
             block.emit(layer, weight, quantized, operator.scale.clone(), seen, choice=choice)
+            if self.guarded and not torch.equal(operator.scale, operator.plain):
+                seen = operator.statistics.histogram(operator.quant, operator.plain)
+                choice = f"alpha 0, {operator.choice} was not accepted, block error x1.0000"
+                contest(block, operator.plain.clone(), seen, choice)
 
     def _operators(self, block: Block, members: list[list[Layer]]) -> dict[str, Operator]:
         """Return the operator of each layer (name -> operator); overrides may leave layers without static inputs."""

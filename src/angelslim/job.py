@@ -30,7 +30,8 @@ from .export.base import Exporter, choose
 from .methods.base import PTQ, REWRITES, TRANSFORMS, Blockwise
 from .models.experts import streamable
 from .models.loading import Source
-from .models.select import Choice, Selection, select
+from .models.select import Choice, Selection, kept_stacks, select
+from .models.stacks import unstacked
 from .numerics.scheme import Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
@@ -131,9 +132,6 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     quantization = next(sections, None) or Quantization()
     _check_inputs(config)
     source = _open(reference, config)
-    rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
-    for each in rewrites:
-        source = REWRITES.get(each.method)(each.options).rewrite(source)
     choice = Choice(
         ignore=stage.ignore,
         overrides=stage.overrides,
@@ -141,6 +139,12 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         embeddings=quantization.quantize_embeddings,
         towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
     )
+    whole, source = source, unstacked(source)
+    if kept := kept_stacks(source, stage.scheme, choice):
+        source = unstacked(whole, kept)
+    rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
+    for each in rewrites:
+        source = REWRITES.get(each.method)(each.options).rewrite(source)
     selection = select(source, stage.scheme, choice)
     if not selection.layers:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")

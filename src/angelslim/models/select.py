@@ -16,7 +16,10 @@ from ..numerics.quantize import tile_of
 from ..numerics.scheme import Scheme
 from .loading import Source
 from .overrides import Overrides
+from .stacks import stacks_of
 from .structure import Group
+
+STACKED = "experts stored as one stack whose parts no engine reads one by one"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,20 @@ def select(source: Source, scheme: Scheme, choice: Choice = Choice()) -> Selecti
     return Selection(tuple(layers), skipped)
 
 
+def kept_stacks(source: Source, scheme: Scheme, choice: Choice) -> frozenset[str]:
+    """Return the stacks of experts of which nothing is quantized, for a model that `unstacked` returned.
+
+    They are better left as the checkpoint has them.
+    """
+    overrides = Overrides(choice.overrides, scheme)
+
+    def quantized(tensor: str) -> bool:
+        name = tensor.removesuffix(".weight")
+        return not _refusal(source, name, name, choice) and overrides.scheme_of(name, name) is not None
+
+    return frozenset(stack for stack, names in stacks_of(source).items() if not any(map(quantized, names)))
+
+
 def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
     """Return (module path, reason to skip); a module of None is one expert of a stack."""
     target = source.targets.get(tensor)
@@ -99,7 +116,7 @@ def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
         stacked = any(target.parameter.startswith(experts.path + ".") for experts in source.structure.experts)
         if stacked and len(info.shape) == 2 and tensor.endswith(".weight"):
             return None, ""
-        return None, "experts stored as one stack" if stacked else "not the weight of a linear layer"
+        return None, STACKED if stacked else "not the weight of a linear layer"
     module = target.parameter.removesuffix(".weight")
     if module not in source.structure.linears and module not in source.structure.embeddings:
         return None, "not the weight of a linear layer"

@@ -138,7 +138,8 @@ def _assemble(job: Job, workplace: Workplace) -> None:
     config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
     schemes = {layer.name: layer.scheme for layer in job.selection.layers}
     config |= job.source.edits
-    kept = kept_matrices(job.source, {layer.module for layer in job.selection.layers})
+    layers = job.selection.layers
+    kept = kept_matrices(job.source, {name for layer in layers for name in (layer.module, layer.name)})
     if settings := job.exporter.config(schemes, kept):
         config["quantization_config"] = settings
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())

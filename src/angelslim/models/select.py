@@ -7,7 +7,7 @@ and how engines read them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..base.errors import SchemeError
@@ -16,6 +16,7 @@ from ..numerics.quantize import tile_of
 from ..numerics.scheme import Scheme
 from .loading import Source
 from .overrides import Overrides
+from .rules import PARTS
 from .stacks import stacks_of
 from .structure import Group
 
@@ -180,10 +181,11 @@ def groups_by_linear(source: Source) -> dict[str, Group]:
 
 
 def kept_matrices(source: Source, quantized: Collection[str | None]) -> list[str]:
-    """Return the matrices in full precision that engines might take for linears, given the quantized modules.
+    """Return the matrices in full precision that engines might take for linears.
 
-    Both the model's and the checkpoint's names are listed. Routers belong to them: transformers computes them as
-    functions, vLLM builds them as linears.
+    `quantized` are modules and, of experts, layers. Both the model's and the checkpoint's names are listed. Routers
+    belong to them: transformers computes them as functions, vLLM builds them as linears. So do experts: engines ask
+    for each by its own name, also where the checkpoint has a stack.
     """
     structure = source.structure
     routers = {name for groups in structure.groups.values() for group in groups for name in group.others}
@@ -193,4 +195,18 @@ def kept_matrices(source: Source, quantized: Collection[str | None]) -> list[str
         for tensor, target in source.targets.items()
         if target.pattern is None and target.parameter.removesuffix(".weight") in routers | set(kept)
     ]
-    return list(dict.fromkeys([*kept, *stored]))
+    return list(dict.fromkeys([*kept, *stored, *_kept_experts(source, quantized)]))
+
+
+def _kept_experts(source: Source, quantized: Collection[str | None]) -> Iterator[str]:
+    counts = {experts.path: experts.count for experts in source.structure.experts}
+    for tensor, target in source.targets.items():
+        path, _, parameter = target.parameter.rpartition(".")
+        if path not in counts:
+            continue
+        name = tensor.removesuffix(".weight")
+        if tensor != name:
+            yield from [name] if name not in quantized else []
+            continue
+        for index in range(counts[path]):
+            yield from (f"{tensor.rpartition('.')[0]}.{index}.{part}" for part in PARTS.get(parameter, ()))

@@ -124,7 +124,12 @@ def unstacked(source: Source, leave: Collection[str] = ()) -> Source:
         return source
     checkpoint = UnstackedCheckpoint(source.checkpoint, parts)
     return Source(
-        source.name, source.folder, source.config, checkpoint, source.edits, Outline(source.structure, targets)
+        source.name,
+        source.folder,
+        source.config,
+        checkpoint,
+        source.edits,
+        Outline(source.structure, targets),
     )
 
 

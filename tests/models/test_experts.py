@@ -166,7 +166,7 @@ def test_sorted_experts_read_the_tokens_that_were_sent_and_no_zeros(tmp_path):
 
 
 def test_sorted_experts_are_matched_with_the_original_by_token(tmp_path):
-    source, stream = opened("llama4_text", tmp_path, follow_original=True)
+    _source, stream = opened("llama4_text", tmp_path, follow_original=True)
     with stream.resident(0):
         stream.through(0)
         for entry in range(4):

@@ -69,18 +69,18 @@ GROUPS = {
     "glmasr": LLAMA,
     "qwen3_vl_moe": [[*ATTENTION, ("post_attention_layernorm", (), ("mlp.gate", "mlp.experts"))]] * 2,
     "gpt_oss": [
-        ATTENTION + [("post_attention_layernorm", (), ("mlp.router", "mlp.experts"))],
+        [*ATTENTION, ("post_attention_layernorm", (), ("mlp.router", "mlp.experts"))],
     ]
     * 2,
     # The experts read the router's input times its weights, so they belong to its group.
     "llama4_text": [
-        ATTENTION
-        + [
+        [
+            *ATTENTION,
             ("post_attention_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj"), ()),
             (None, ("feed_forward.down_proj",), ()),
         ],
-        ATTENTION
-        + [
+        [
+            *ATTENTION,
             (
                 "post_attention_layernorm",
                 (

@@ -50,6 +50,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": TEXT,
     "qwen3": TEXT,
     "qwen3_moe": TEXT | EXPERTS,
+    # These store their experts as stacks, turned around.
+    "qwen3_vl_moe": dict(
+        text_config=TEXT | ROPE | EXPERTS,
+        vision_config=PATCHES | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **VISION_IDS,
+    ),
+    "llama4_text": TEXT | {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 48, "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 8,
+    },
+    "gpt_oss": TEXT | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "hunyuan_v1_dense": TEXT,
     "hunyuan_v1_moe": TEXT | {"num_experts": 4, "moe_topk": 2},
     "hy_v3": TEXT | EXPERTS | {"first_k_dense_replace": 1, "num_shared_experts": 1},

@@ -258,3 +258,18 @@ def test_a_foreign_format_is_refused(tmp_path, float_folder):
     )
     with pytest.raises(ModelError, match="'bitsandbytes', which cannot be read here"):
         load(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "llama4_text", "qwen2_5_vl", "qwen3_vl"])
+def test_transformers_computes_our_logits_with_int4_experts_and_text_towers(family, tmp_path):
+    """Of stacks that transformers has no rule for (Qwen3-VL-MoE) it finds no single experts: docs/deploy.md says so."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    save_random(family, tmp_path / "model")
+    words = ("int4_rtn", "compression.quantization.quant_method.group_size=16")
+    pipeline.run(job_for(tmp_path / "model", *words), tmp_path / "out")
+    auto = AutoModelForImageTextToText if "vl" in family else AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found, expected = (model(input_ids=IDS % 80).logits for model in (theirs, load(tmp_path / "out")))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -57,7 +57,8 @@ def _check_plain(folder: Path) -> int:
     for name in source.checkpoint.tensors:
         if not _finite(source.checkpoint.read(name)):
             raise ModelError(
-                f"{folder}: {name!r} holds NaN or infinity.", fix="Train again with a lower rate."
+                f"{folder}: {name!r} holds NaN or infinity.",
+                fix="The source was damaged, or a training diverged: try a lower rate.",
             )
     return 0
 

@@ -113,7 +113,7 @@ def _settings(
     """Return the new ``quantization_config``; the layers left alone are found in the model, not in the old one."""
     targets = (source.targets.get(f"{name}.weight") for name in schemes)
     modules = {target.parameter.removesuffix(".weight") for target in targets if target is not None}
-    settings = exporter.config(schemes, kept_matrices(source, modules))
+    settings = exporter.config(schemes, kept_matrices(source, modules | schemes.keys()))
     cache = checkpoint.settings.get("kv_cache_scheme")
     if cache and "kv_cache_scheme" not in settings:
         raise SchemeError(

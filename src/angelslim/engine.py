@@ -127,7 +127,7 @@ def carry_out(job: AnyJob, out: Path, *, command: str = "", overwrite: bool = Fa
         from .analyze import weights
         from .analyze.files import analysis_files
 
-        plain = not getattr(job.source.checkpoint, "schemes", None)
+        plain = not job.source.checkpoint.decoded
         found = weights.analyze(job.source.name, str(out)) if plain else weights.analyze(str(out))
         for name, text in analysis_files(found).items():
             write_atomically(out / name, text.encode())

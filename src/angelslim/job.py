@@ -26,18 +26,22 @@ from .config.schema import Config
 from .config.upstream import Stage, stages
 from .data import builtin
 from .export._checkpoint import QuantizedCheckpoint, open_any
+from .export._dense import FORMAT as DENSE
 from .export.base import Exporter, choose
 from .methods.base import PTQ, REWRITES, TRANSFORMS, Blockwise
+from .methods.ptq._untouched import Untouched
 from .models.experts import streamable
 from .models.loading import Source
-from .models.select import Choice, Selection, select
-from .numerics.scheme import Scheme
+from .models.select import Choice, Layer, Selection, kept_stacks, select
+from .models.stacks import unstacked
+from .numerics.scheme import PRESETS, Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 # Switches that choose layers and formats, not algorithms.
 READ_HERE = frozenset(
     {"quant_vit", "quantize_embeddings", "save_name", "quant_analyse", "share_gate_up_weight_scale_2"}
 )
+FULL_PRECISION = "full precision"
 NEVER_COPIED = ("model.safetensors.index.json", "training.json", "run.json")
 
 
@@ -67,6 +71,22 @@ class Job:
     exporter: Exporter
     device: torch.device
     units: tuple[Unit, ...]
+    shown: tuple[Layer, ...] = ()  # layers that transforms see where nothing is rounded
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that steps work on: those that are rounded, or else those that transforms see."""
+        return self.selection.layers or self.shown
+
+    @property
+    def rounds_to(self) -> str:
+        """The scheme of most layers in words."""
+        return str(self.scheme) if self.selection.layers else FULL_PRECISION
+
+    @property
+    def written_as(self) -> str:
+        """The format in words."""
+        return self.exporter.describe(self.scheme) if self.selection.layers else FULL_PRECISION
 
     @property
     def calibrates(self) -> bool:
@@ -81,8 +101,8 @@ class Job:
     @property
     def name(self) -> str:
         """What the report calls the method: the public name when the recipe has one."""
-        compression = self.config.compression[0]
-        quantization = None if compression.blockwise else compression.quantization
+        compression = next(iter(self.config.compression), None)
+        quantization = None if compression is None or compression.blockwise else compression.quantization
         named = quantization.name if quantization else None
         return named or self.stage.method
 
@@ -118,22 +138,21 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
             fix="`angelslim ls` shows what runs today.",
         )
     work = stages(config)
+    transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
+    rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
     stage = _rounding(work)
+    rounds = stage.kind == "ptq"
     reference = model or config.model.model_path
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     assert stage.scheme is not None
-    method = PTQ.get(stage.method)(stage.options)
+    method = PTQ.get(stage.method)(stage.options) if rounds else Untouched()
     _report_unused(resolved, stage, method.reads)
-    transforms = [each for each in work if each.kind == "transform" and each.method in TRANSFORMS]
     steps = tuple(TRANSFORMS.get(each.method)(each.options) for each in transforms)
     sections = (each.quantization for each in config.compression if each.quantization)
     quantization = next(sections, None) or Quantization()
     _check_inputs(config)
     source = _open(reference, config)
-    rewrites = [each for each in work if each.kind == "transform" and each.method in REWRITES]
-    for each in rewrites:
-        source = REWRITES.get(each.method)(each.options).rewrite(source)
     choice = Choice(
         ignore=stage.ignore,
         overrides=stage.overrides,
@@ -141,15 +160,25 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         embeddings=quantization.quantize_embeddings,
         towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
     )
+    whole, source = source, unstacked(source)
+    if kept := kept_stacks(source, stage.scheme, choice):
+        source = unstacked(whole, kept)
+    for each in rewrites:
+        source = REWRITES.get(each.method)(each.options).rewrite(source)
     selection = select(source, stage.scheme, choice)
     if not selection.layers:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
-    _check_static(source, selection)
-    schemes = {layer.name: layer.scheme for layer in selection.layers}
-    shapes = {layer.name: layer.shape for layer in selection.layers}
-    format_name, exporter = choose(schemes, quantization.format, shapes)
-    layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
-    selection = replace(selection, layers=tuple(layers))
+    shown = () if rounds else selection.layers
+    if rounds:
+        _check_static(source, selection)
+        schemes = {layer.name: layer.scheme for layer in selection.layers}
+        shapes = {layer.name: layer.shape for layer in selection.layers}
+        format_name, exporter = choose(schemes, quantization.format, shapes)
+        layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
+        selection = replace(selection, layers=tuple(layers))
+    else:
+        format_name, exporter = "dense", DENSE
+        selection = Selection((), selection.skipped | dict.fromkeys((x.name for x in shown), "not asked for"))
     return Job(
         resolved=resolved,
         config=config,
@@ -164,6 +193,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         exporter=exporter,
         device=device_of(config.global_.device),
         units=units_of(source),
+        shown=shown,
     )
 
 
@@ -177,11 +207,22 @@ def _rounding(work: Sequence[Stage]) -> Stage:
                 fix=f"Built methods: {', '.join(PTQ)}; `angelslim ls` lists the recipes that run.",
             )
     rounding = [stage for stage in work if stage.kind == "ptq"]
+    if not rounding and work:
+        return _alone(work)
     if len(rounding) != 1:
         asked = f"asks for {len(rounding)} quantizations of the same weights"
         what = asked if rounding else "names no quantization"
         raise ConfigError(f"The recipe {what}.", fix="Name exactly one.")
     return rounding[0]
+
+
+def _alone(work: Sequence[Stage]) -> Stage:
+    """Return a stage that rounds nothing, for a run that only transforms.
+
+    Transforms are shown every layer of the blocks, with a scheme that fits all of them and decides nothing.
+    """
+    name = "+".join(dict.fromkeys(stage.method for stage in work))
+    return Stage("transform", name, PRESETS["int8_dynamic"], {}, work[-1].ignore)
 
 
 def _calibrates(stage: Stage, steps: Sequence[Blockwise]) -> bool:

@@ -138,7 +138,8 @@ def _assemble(job: Job, workplace: Workplace) -> None:
     config = json.loads((job.source.folder / "config.json").read_text("utf-8"))
     schemes = {layer.name: layer.scheme for layer in job.selection.layers}
     config |= job.source.edits
-    kept = kept_matrices(job.source, {layer.module for layer in job.selection.layers})
+    layers = job.selection.layers
+    kept = kept_matrices(job.source, {name for layer in layers for name in (layer.module, layer.name)})
     if settings := job.exporter.config(schemes, kept):
         config["quantization_config"] = settings
     write_atomically(result / "config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -187,8 +188,8 @@ def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprin
         method=job.name,
         model=job.source.name,
         model_type=job.source.structure.model_type,
-        scheme=str(job.scheme),
-        format=job.exporter.describe(job.scheme),
+        scheme=job.rounds_to,
+        format=job.written_as,
         parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
         bytes_before=job.source.checkpoint.nbytes,
         bytes_after=sum(file.stat().st_size for file in files),

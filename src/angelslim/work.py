@@ -188,7 +188,7 @@ def _try(job: Job, workplace: Workplace, plain: Mapping[str, float | None], stre
 def _unit(job: Job, unit: Unit, groups: Mapping[str, Group], stream: BlockStream | None) -> Done:
     """Quantize one unit; return the tensors to write and the records."""
     inside = set(unit.tensors)
-    layers = tuple(layer for layer in job.selection.layers if layer.tensor in inside)
+    layers = tuple(layer for layer in job.layers if layer.tensor in inside)
     done = Done()
     if stream is None or unit.block is None:
         block = Block(job.source, unit.block, layers, groups, job.device)
@@ -197,9 +197,10 @@ def _unit(job: Job, unit: Unit, groups: Mapping[str, Group], stream: BlockStream
     else:
         _stream_block(job, unit.block, layers, groups, stream, done)
     written = {record.name for record in done.layers}
-    missing = [layer.name for layer in layers if layer.name not in written]
+    rounded = layers if job.selection.layers else ()
+    missing = [layer.name for layer in rounded if layer.name not in written]
     assert not missing, f"{job.stage.method} left out {missing[:3]}"
-    quantized = {layer.tensor for layer in layers}
+    quantized = {layer.tensor for layer in rounded}
     for name in unit.tensors:
         if name not in quantized and name not in done.tensors:
             done.tensors[name] = job.source.checkpoint.read(name)

@@ -8,10 +8,12 @@ import torch
 from angelslim.models.activations import ActivationStore
 from angelslim.models.experts import ENOUGH, ExpertRunner, streamable
 from angelslim.models.loading import Source, open_model
+from angelslim.models.stacks import unstacked
 from angelslim.models.walk import BlockStream
 from families import random_model, save_random
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "hunyuan_v1_moe", "hy_v3", "glm4_moe")
+STACKED = ("qwen3_vl_moe", "llama4_text")
 CPU = torch.device("cpu")
 
 
@@ -22,7 +24,7 @@ def samples(count: int = 4, length: int = 12) -> list[torch.Tensor]:
 
 def opened(family: str, tmp_path, **options) -> tuple[Source, BlockStream]:
     save_random(family, tmp_path / "model")
-    source = open_model(tmp_path / "model")
+    source = unstacked(open_model(tmp_path / "model"))
     stream = BlockStream(source, samples(), ActivationStore(tmp_path / "store", 1 << 24), CPU, **options)
     stream.prepare(0)
     return source, stream
@@ -33,10 +35,10 @@ def mixture(source: Source) -> int:
     return next(i for i, block in enumerate(source.structure.blocks) if streamable(source, block))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + STACKED)
 def test_every_mixture_of_the_list_can_be_streamed(family, tmp_path):
     save_random(family, tmp_path / "model")
-    source = open_model(tmp_path / "model")
+    source = unstacked(open_model(tmp_path / "model"))
     (experts,) = streamable(source, source.structure.blocks[mixture(source)]).values()
     assert [expert.index for expert in experts] == [0, 1, 2, 3]
     assert [name.rpartition("experts.")[2] for name in experts[2].first] == [
@@ -130,3 +132,54 @@ def test_scaled_inputs_are_scaled_when_an_expert_is_read(tmp_path):
         expert = stream.experts[path].load(1)
     name = stream.source.tensors_of[f"{path}.down_proj"][1].replace("down", "gate")
     torch.testing.assert_close(expert.gate_proj.weight, source.checkpoint.read(name) * scale)
+
+
+def test_sorted_experts_read_the_tokens_that_were_sent_and_no_zeros(tmp_path):
+    """Llama 4 calls its experts with every token once for each of them, times the router's weight or zero."""
+    source, stream = opened("llama4_text", tmp_path)
+    with stream.resident(0):
+        stream.through(0)
+    whole = random_model("llama4_text").model.layers[1].feed_forward
+    calls: list[torch.Tensor] = []
+    with stream.resident(1):
+        stand_in = source.model.model.layers[1].feed_forward.experts
+        forward = stand_in.forward
+        stand_in.forward = lambda hidden: (calls.append(hidden.clone()), forward(hidden))[1]
+        stream.run(1, {}, keep=True)
+        stand_in.forward = forward
+        (experts,) = stream.experts.values()
+        total = 0
+        for tensors in experts.tensors:
+            runner = ExpertRunner(experts, tensors.index)
+            seen: list[torch.Tensor] = []
+            runner.run({tensors.module(tensors.first[0]): seen.append}, keep=True)
+            total += runner.use.tokens
+            assert runner.use.of == 48 and all(rows.any(dim=1).all() for rows in seen)
+        assert total == 48  # each token goes to one expert
+        for entry, call in enumerate(calls):
+            asked = experts.asked[entry]
+            with torch.no_grad():
+                expected = whole.experts(call)
+            torch.testing.assert_close(
+                asked.placed(experts.answers[entry], call), expected, atol=1e-6, rtol=1e-5
+            )
+
+
+def test_sorted_experts_are_matched_with_the_original_by_token(tmp_path):
+    _source, stream = opened("llama4_text", tmp_path, follow_original=True)
+    with stream.resident(0):
+        stream.through(0)
+        for entry in range(4):
+            stream.store.put(1, 4 + entry, stream.store.get(1, entry) * 1.001)
+    with stream.resident(1):
+        stream.compare(1, {})
+        stream.run(1, {}, keep=True)
+        (experts,) = stream.experts.values()
+        pairs: list[tuple] = []
+        for tensors in experts.tensors:
+            runner = ExpertRunner(experts, tensors.index)
+            runner.compare({tensors.module(tensors.first[0]): lambda now, then: pairs.append((now, then))})
+    matched = [(now, then) for now, then in pairs if then is not None]
+    assert sum(len(now) for now, _ in matched) >= 40  # nearly all go to the same expert
+    for now, then in matched:
+        torch.testing.assert_close(now, then, atol=0.05, rtol=0.05)  # the same tokens, hardly changed

@@ -67,11 +67,38 @@ GROUPS = {
     "llava": LLAMA,
     "qwen2_audio": LLAMA,
     "glmasr": LLAMA,
+    "qwen3_vl_moe": [[*ATTENTION, ("post_attention_layernorm", (), ("mlp.gate", "mlp.experts"))]] * 2,
+    "gpt_oss": [
+        [*ATTENTION, ("post_attention_layernorm", (), ("mlp.router", "mlp.experts"))],
+    ]
+    * 2,
+    # The experts read the router's input times its weights, so they belong to its group.
+    "llama4_text": [
+        [
+            *ATTENTION,
+            ("post_attention_layernorm", ("feed_forward.gate_proj", "feed_forward.up_proj"), ()),
+            (None, ("feed_forward.down_proj",), ()),
+        ],
+        [
+            *ATTENTION,
+            (
+                "post_attention_layernorm",
+                (
+                    "feed_forward.router",
+                    "feed_forward.shared_expert.gate_proj",
+                    "feed_forward.shared_expert.up_proj",
+                ),
+                ("feed_forward.experts",),
+            ),
+            (None, ("feed_forward.shared_expert.down_proj",), ()),
+        ],
+    ],
 }
 TOWERS = {
     "gemma3": {"vision": "model.vision_tower", "projector": "model.multi_modal_projector"},
     "qwen2_5_vl": {"vision": "model.visual"},  # its merger lies inside the tower
     "qwen3_vl": {"vision": "model.visual"},
+    "qwen3_vl_moe": {"vision": "model.visual"},
     "llava": {"vision": "model.vision_tower", "projector": "model.multi_modal_projector"},
     "qwen2_audio": {"audio": "model.audio_tower", "projector": "model.multi_modal_projector"},
     "glmasr": {"audio": "model.audio_tower", "projector": "model.multi_modal_projector"},
@@ -82,6 +109,9 @@ FUSED_EXPERTS = {  # family -> blocks with experts
     "hy_v3": (1,),
     "deepseek_v3": (1,),
     "glm4_moe": (1,),
+    "qwen3_vl_moe": (0, 1),
+    "gpt_oss": (0, 1),
+    "llama4_text": (1,),
 }
 
 
@@ -98,7 +128,8 @@ def test_every_family_has_its_expectation():
 def test_groups(family):
     structure = structure_of(family)
     decoder = "model.language_model" if family in TOWERS else "model"
-    assert (structure.model_type, structure.decoder) == (family, decoder)
+    root = "" if family == "llama4_text" else decoder  # its class does not name its decoder
+    assert (structure.model_type, structure.decoder) == (family, root)
     assert structure.blocks == (f"{decoder}.layers.0", f"{decoder}.layers.1")
     for block, expected in zip(structure.blocks, GROUPS[family], strict=True):
         full = [
@@ -119,10 +150,16 @@ def test_groups(family):
 @pytest.mark.parametrize("family", GROUPS)
 def test_head_towers_and_experts(family):
     structure = structure_of(family)
+    llama_4 = family == "llama4_text"
     assert structure.head == "lm_head"
     assert structure.towers == TOWERS.get(family, {})
     assert structure.experts == tuple(
-        Experts(f"model.layers.{block}.mlp.experts", 4, ("gate_up_proj", "down_proj"))
+        Experts(
+            f"{structure.blocks[block]}.{'feed_forward' if llama_4 else 'mlp'}.experts",
+            4,
+            ("gate_up_proj", "down_proj"),
+            sorted=llama_4,
+        )
         for block in FUSED_EXPERTS.get(family, ())
     )
     assert structure.tuple_outputs is False

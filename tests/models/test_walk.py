@@ -8,12 +8,14 @@ import torch
 from angelslim.base.errors import ModelError
 from angelslim.models.activations import ActivationStore
 from angelslim.models.loading import Source, open_model
+from angelslim.models.stacks import unstacked
 from angelslim.models.walk import BlockStream
 from families import random_model, save_random
 
 FAMILIES = (
     "qwen3", "gemma3_text", "phi3", "qwen3_moe", "deepseek_v3", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
     "glm4", "glm4_moe", "seed_oss", "llava", "qwen2_5_vl", "qwen3_vl", "qwen2_audio", "glmasr", "gemma3",
+    "qwen3_vl_moe", "llama4_text",
 )  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -49,7 +51,7 @@ def resident(source: Source) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stream_equals_the_whole_model(family, tmp_path):
     model = save_random(family, tmp_path / "model")
-    source = open_model(tmp_path / "model")
+    source = unstacked(open_model(tmp_path / "model"))
     blocks = source.structure.blocks
     ids = samples()
     store = ActivationStore(tmp_path / "store", 0)

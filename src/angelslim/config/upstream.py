@@ -126,9 +126,14 @@ def _compression(stage: Compression, where: str, transformed: bool) -> Iterator[
     if stage.calibrate is not None:
         yield Stage("calibrate", stage.calibrate.backend or "vllm", None, stage.calibrate.given())
     if name in ("PTQ", "PTQWeightOnly"):
-        if stage.quantization is None and transformed:
-            return  # a transform alone is a run too
-        yield from _ptq(_need(stage.quantization, where, name), f"{where}.quantization")
+        asked = stage.quantization
+        rounds = asked is not None and bool(asked.name or asked.scheme)
+        if not rounds and (transformed or (asked and asked.quant_helpers)):
+            if asked is not None:  # a transform alone is a run too
+                _refuse_judges(asked, f"{where}.quantization")
+                yield from _helpers(asked, asked.quant_helpers)
+            return
+        yield from _ptq(_need(asked, where, name), f"{where}.quantization")
     elif name == "QAT":
         yield _trained(stage.qat or QAT(), stage.quantization, f"{where}.quantization")
     elif name == "QAD":
@@ -183,9 +188,7 @@ def method_of(section: Quantization, where: str) -> tuple[Method, Scheme | None]
 
 def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
     method, scheme = method_of(section, where)
-    helpers = dict.fromkeys([*section.quant_helpers, *method.transforms])
-    for helper in sorted(helpers, key=lambda name: name != "smooth"):
-        yield Stage("transform", helper, None, _helper_options(helper, section), ignored_layers(section))
+    yield from _helpers(section, [*section.quant_helpers, *method.transforms])
     if scheme is not None and scheme.kv is not None:
         yield Stage("transform", "kv_cache", None, {"quant": scheme.kv}, ignored_layers(section))
     options = {**dict(method.options), **switches(section)}
@@ -193,6 +196,22 @@ def _ptq(section: Quantization, where: str) -> Iterator[Stage]:
         options |= section.quant_method.given()
     others = schemes.overrides(section, scheme, where)
     yield Stage("ptq", method.algorithm, scheme, options, ignored_layers(section), others)
+
+
+def _helpers(section: Quantization, names: Iterable[str]) -> Iterator[Stage]:
+    for helper in sorted(dict.fromkeys(names), key=lambda name: name != "smooth"):
+        yield Stage("transform", helper, None, _helper_options(helper, section), ignored_layers(section))
+
+
+def _refuse_judges(section: Quantization, where: str) -> None:
+    """Refuse transforms that choose their scales by what rounding loses where nothing is rounded."""
+    searches = "smooth" in section.quant_helpers and section.smooth_alpha == "search"
+    if searches or "awq" in section.quant_helpers:
+        what = "smooth_alpha: search" if searches else "awq"
+        raise ConfigError(
+            f"{what} chooses scales by what rounding loses, and {where} names no quantization.",
+            fix=f"Set {where}.name, or use the helper smooth with a number for smooth_alpha.",
+        )
 
 
 def _helper_options(helper: str, section: Quantization) -> dict[str, object]:

@@ -63,6 +63,11 @@ class QuantizedCheckpoint(Checkpoint):
         """Bytes of all tensors as they are stored."""
         return sum(info.nbytes for info in self.stored.values())
 
+    @property
+    def decoded(self) -> bool:
+        """Always: the folder holds codes."""
+        return True
+
     def _refuse_bare_codes(self) -> None:
         bare = [info.name for info in self.tensors.values() if info.dtype in CODES and len(info.shape) > 1]
         if bare:

@@ -151,6 +151,11 @@ class Checkpoint:
         """Return a tensor as it is stored where that is quantized just so; a plain checkpoint has none."""
         return None
 
+    @property
+    def decoded(self) -> bool:
+        """Whether some tensors are stored as codes and decoded when they are read."""
+        return False
+
     def sources(self, name: str) -> list[TensorInfo]:
         """Return the stored tensors that `read` needs for a name."""
         return [self.tensors[name]]
@@ -161,11 +166,15 @@ class Checkpoint:
         A GPU computes with one block while the next one is read. What was asked for stays in memory until it
         is read.
         """
-        if self._reader is None:
-            self._reader = ThreadPoolExecutor(1, "read-ahead")
-        for name in names:
-            for info in self.sources(name):
-                self._ahead.setdefault(info.name, self._reader.submit(read_tensor, info))
+        self.ahead_of(info for name in names for info in self.sources(name))
+
+    def ahead_of(self, stretches: Iterable[TensorInfo]) -> None:
+        """The same for stretches of the files that have names."""
+        for info in stretches:
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, "read-ahead")
+            if info.name not in self._ahead:
+                self._ahead[info.name] = self._reader.submit(read_tensor, info)
 
     def fetch(self, info: TensorInfo) -> Tensor:
         """Return a stored tensor: read ahead, or now."""

@@ -13,7 +13,7 @@ blindly, and `ExpertUse` says how many tokens were its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from ..base import parallel
 from .block import ObservePair
 from .inputs import Observe
 from .loading import Source
+from .rules import UNLIKE, turns
 from .structure import Group
 
 ENOUGH = 256  # tokens that an expert's statistics are made from at least
@@ -73,21 +74,23 @@ class ExpertUse:
 def streamable(source: Source, block: str) -> dict[str, list[ExpertTensors]]:
     """Return, for each stacked module in a block, its experts, if they can be streamed.
 
-    That takes a checkpoint with one matrix for each expert and the plain layout: gate above up, no biases.
+    That takes a checkpoint with one matrix for each expert (`stacks` makes some of a stack) and the plain layout: gate
+    above up, no biases.
     """
     found: dict[str, list[ExpertTensors]] = {}
     for experts in source.structure.experts:
         if not experts.path.startswith(block + "."):
             continue
         module: Any = source.model.get_submodule(experts.path)
-        plain = hasattr(module, "has_gate") and getattr(module, "is_concatenated", True)
-        plain = plain and not any(
-            getattr(module, name, False) for name in ("is_transposed", "has_bias", "has_post_expert_norm")
-        )
-        if not plain:
+        known = hasattr(module, "has_gate") or experts.sorted
+        if not known or not getattr(module, "is_concatenated", True):
             continue
-        first = _by_pattern(source, f"{experts.path}.{'gate_up_proj' if module.has_gate else 'up_proj'}")
-        last = _by_pattern(source, f"{experts.path}.down_proj")
+        if any(getattr(module, name, False) for name in UNLIKE):
+            continue
+        turned = getattr(module, "is_transposed", experts.sorted)
+        gated = getattr(module, "has_gate", True)
+        first = _by_pattern(source, f"{experts.path}.{'gate_up_proj' if gated else 'up_proj'}", turned)
+        last = _by_pattern(source, f"{experts.path}.down_proj", turned)
         if len(last) == 1 and first and all(len(names) == experts.count for names in [*first, *last]):
             found[experts.path] = [
                 ExpertTensors(experts.path, index, tuple(names[index] for names in first), last[0][index])
@@ -96,11 +99,16 @@ def streamable(source: Source, block: str) -> dict[str, list[ExpertTensors]]:
     return found
 
 
-def _by_pattern(source: Source, parameter: str) -> list[list[str]]:
-    """Return the checkpoint tensors of a stack: a list for each joined part, one tensor an expert."""
+def _by_pattern(source: Source, parameter: str, turned: bool) -> list[list[str]]:
+    """Return the checkpoint tensors of a stack: a list for each joined part, one matrix ``[out, in]`` an expert.
+
+    A stack that is `turned` holds ``[in, out]``, so the rule that makes it has to turn the matrices.
+    """
     names = source.tensors_of.get(parameter, [])
     pattern = source.targets[names[0]].pattern if names else None
-    if pattern is None:
+    if pattern is None or any(len(source.checkpoint.tensors[name].shape) != 2 for name in names):
+        return []
+    if turned != turns(source.rules[pattern]):
         return []
     parts = source.rules[pattern].source_patterns
     return [[name for name in names if source.targets[name].pattern == part] for part in parts]
@@ -111,7 +119,7 @@ class Expert(nn.Module):
 
     def __init__(self, stack: Any, tensors: ExpertTensors, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._activate = stack._apply_gate if stack.has_gate else stack.act_fn
+        self._activate = _activation(stack)
         self._first = [tensors.module(name).rpartition(".")[2] for name in tensors.first]
         self._last = tensors.module(tensors.last).rpartition(".")[2]
         for name, weight in weights.items():
@@ -126,6 +134,20 @@ class Expert(nn.Module):
         return output
 
 
+def _activation(stack: Any) -> Callable[[Tensor], Tensor]:
+    """Return what lies between an expert's first and last product: its own function, or act(gate) * up."""
+    if hasattr(stack, "_apply_gate"):
+        gate: Callable[[Tensor], Tensor] = stack._apply_gate if stack.has_gate else stack.act_fn
+        return gate
+
+    def gated(joined: Tensor) -> Tensor:
+        gate, up = joined.chunk(2, dim=-1)
+        activated: Tensor = stack.act_fn(gate) * up
+        return activated
+
+    return gated
+
+
 @dataclass(frozen=True)
 class Routing:
     """What the experts of a layer were asked for one sample, in host memory."""
@@ -133,6 +155,26 @@ class Routing:
     hidden: Tensor  # [tokens, hidden]
     index: Tensor  # [tokens, k]
     weight: Tensor  # [tokens, k]
+    rows: Tensor | None = None  # of sorted experts: where in the call the tokens lie
+
+    @classmethod
+    def of_sorted(cls, hidden: Tensor, experts: int) -> Routing:
+        """Read the call of sorted experts ``[experts * tokens, hidden]``: rows of zeros were not sent anywhere."""
+        rows = hidden.ne(0).any(dim=1).nonzero().flatten()
+        index = (rows // (len(hidden) // experts))[:, None]
+        return cls(hidden[rows], index, torch.ones(len(rows), 1, dtype=hidden.dtype), rows)
+
+    def placed(self, answers: Tensor, like: Tensor) -> Tensor:
+        """Return the answers in the shape of the call."""
+        if self.rows is None:
+            return answers.view_as(like)
+        flat = torch.zeros_like(like).reshape(-1, like.shape[-1])
+        flat[self.rows.to(like.device)] = answers
+        return flat.view_as(like)
+
+    def identity(self, tokens: Tensor) -> Tensor:
+        """Return numbers that are equal for the same tokens of another call."""
+        return tokens if self.rows is None else self.rows[tokens]
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
         """Return (tokens that were sent to an expert, their weights ``[n, 1]``)."""
@@ -169,13 +211,17 @@ class StreamedExperts:
         finally:
             del module.forward
 
-    def _stand_in(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _stand_in(self, hidden: Tensor, index: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         if self.mode == "play":
-            return self.answers[self.entry].to(self.device).view_as(hidden)
+            return self.asked[self.entry].placed(self.answers[self.entry].to(self.device), hidden)
         if self.mode == "record":
             flat = hidden.detach().reshape(-1, hidden.shape[-1])
-            self.asked[self.entry] = Routing(flat.cpu(), index.cpu(), weight.detach().cpu())
-            self.answers[self.entry] = torch.zeros_like(flat, device="cpu")
+            if index is None or weight is None:
+                asked = Routing.of_sorted(flat.cpu(), len(self.tensors))
+            else:
+                asked = Routing(flat.cpu(), index.cpu(), weight.detach().cpu())
+            self.asked[self.entry] = asked
+            self.answers[self.entry] = torch.zeros_like(asked.hidden)
         return torch.zeros_like(hidden)
 
     def load(self, expert: int) -> Expert:
@@ -296,15 +342,15 @@ class ExpertRunner:
         count = self.experts.originals
         nothing = (torch.empty(0, dtype=torch.long), torch.empty(0))
         for entry in range(count):
+            asked, before = self.experts.asked[entry], self.experts.asked[count + entry]
             own, original = (self.own.get(key, nothing)[0] for key in (entry, count + entry))
-            shared = own[torch.isin(own, original)]
-            for tokens, other in ((shared, count + entry), (own[~torch.isin(own, original)], None)):
+            here, there = asked.identity(own), before.identity(original)
+            both, matched = torch.isin(here, there), original[torch.isin(there, here)]
+            for tokens, others in ((own[both], matched), (own[~both], None)):
                 if not len(tokens):
                     continue
-                now = self._seen(observe, self.experts.asked[entry].hidden[tokens])
-                then = (
-                    None if other is None else self._seen(observe, self.experts.asked[other].hidden[tokens])
-                )
+                now = self._seen(observe, asked.hidden[tokens])
+                then = None if others is None else self._seen(observe, before.hidden[others])
                 for path, values in now.items():
                     observe[path](values, None if then is None else then[path])
         if len(self.extra):

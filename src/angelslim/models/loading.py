@@ -21,6 +21,7 @@ from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
 from .outline import Outline, Target, file_of, remember, remembered
+from .rules import with_experts
 from .structure import PROBE, Structure, discover, find_blocks, register_probe
 
 
@@ -325,7 +326,7 @@ def map_tensors(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Target], 
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
+    rules = with_experts(model, get_model_conversion_mapping(model))
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     targets: dict[str, Target] = {}

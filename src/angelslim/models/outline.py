@@ -61,7 +61,7 @@ def _structure(raw: dict[str, Any]) -> Structure:
         block: tuple(Group(each["source"], tuple(each["linears"]), tuple(each["others"])) for each in found)
         for block, found in raw["groups"].items()
     }
-    experts = tuple(Experts(each["path"], each["count"], tuple(each["weights"])) for each in raw["experts"])
+    experts = tuple(Experts(**{**each, "weights": tuple(each["weights"])}) for each in raw["experts"])
     linears = {name: (shape[0], shape[1]) for name, shape in raw["linears"].items()}
     simple: dict[str, Any] = {
         "blocks": tuple(raw["blocks"]),
@@ -89,7 +89,7 @@ def file_of(config: Any, checkpoint: Checkpoint) -> Path | None:
 
 def _code() -> Iterable[str]:
     """Yield what changes when the code that finds structures does, also between two versions."""
-    for name in ("structure.py", "exceptions.py", "loading.py", "outline.py"):
+    for name in ("structure.py", "exceptions.py", "loading.py", "outline.py", "rules.py"):
         status = (Path(__file__).parent / name).stat()
         yield f"{status.st_size} {status.st_mtime_ns}"
 

@@ -7,7 +7,7 @@ and how engines read them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..base.errors import SchemeError
@@ -16,7 +16,11 @@ from ..numerics.quantize import tile_of
 from ..numerics.scheme import Scheme
 from .loading import Source
 from .overrides import Overrides
+from .rules import PARTS
+from .stacks import stacks_of
 from .structure import Group
+
+STACKED = "experts stored as one stack whose parts no engine reads one by one"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,20 @@ def select(source: Source, scheme: Scheme, choice: Choice = Choice()) -> Selecti
     return Selection(tuple(layers), skipped)
 
 
+def kept_stacks(source: Source, scheme: Scheme, choice: Choice) -> frozenset[str]:
+    """Return the stacks of experts of which nothing is quantized, for a model that `unstacked` returned.
+
+    They are better left as the checkpoint has them.
+    """
+    overrides = Overrides(choice.overrides, scheme)
+
+    def quantized(tensor: str) -> bool:
+        name = tensor.removesuffix(".weight")
+        return not _refusal(source, name, name, choice) and overrides.scheme_of(name, name) is not None
+
+    return frozenset(stack for stack, names in stacks_of(source).items() if not any(map(quantized, names)))
+
+
 def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
     """Return (module path, reason to skip); a module of None is one expert of a stack."""
     target = source.targets.get(tensor)
@@ -99,7 +117,7 @@ def _destination(source: Source, tensor: str) -> tuple[str | None, str]:
         stacked = any(target.parameter.startswith(experts.path + ".") for experts in source.structure.experts)
         if stacked and len(info.shape) == 2 and tensor.endswith(".weight"):
             return None, ""
-        return None, "experts stored as one stack" if stacked else "not the weight of a linear layer"
+        return None, STACKED if stacked else "not the weight of a linear layer"
     module = target.parameter.removesuffix(".weight")
     if module not in source.structure.linears and module not in source.structure.embeddings:
         return None, "not the weight of a linear layer"
@@ -163,10 +181,11 @@ def groups_by_linear(source: Source) -> dict[str, Group]:
 
 
 def kept_matrices(source: Source, quantized: Collection[str | None]) -> list[str]:
-    """Return the matrices in full precision that engines might take for linears, given the quantized modules.
+    """Return the matrices in full precision that engines might take for linears.
 
-    Both the model's and the checkpoint's names are listed. Routers belong to them: transformers computes them as
-    functions, vLLM builds them as linears.
+    `quantized` are modules and, of experts, layers. Both the model's and the checkpoint's names are listed. Routers
+    belong to them: transformers computes them as functions, vLLM builds them as linears. So do experts: engines ask
+    for each by its own name, also where the checkpoint has a stack.
     """
     structure = source.structure
     routers = {name for groups in structure.groups.values() for group in groups for name in group.others}
@@ -176,4 +195,18 @@ def kept_matrices(source: Source, quantized: Collection[str | None]) -> list[str
         for tensor, target in source.targets.items()
         if target.pattern is None and target.parameter.removesuffix(".weight") in routers | set(kept)
     ]
-    return list(dict.fromkeys([*kept, *stored]))
+    return list(dict.fromkeys([*kept, *stored, *_kept_experts(source, quantized)]))
+
+
+def _kept_experts(source: Source, quantized: Collection[str | None]) -> Iterator[str]:
+    counts = {experts.path: experts.count for experts in source.structure.experts}
+    for tensor, target in source.targets.items():
+        path, _, parameter = target.parameter.rpartition(".")
+        if path not in counts:
+            continue
+        name = tensor.removesuffix(".weight")
+        if tensor != name:
+            yield from [name] if name not in quantized else []
+            continue
+        for index in range(counts[path]):
+            yield from (f"{tensor.rpartition('.')[0]}.{index}.{part}" for part in PARTS.get(parameter, ()))

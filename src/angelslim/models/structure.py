@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,11 +44,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Experts:
-    """A fused expert module: `weights` are its 3-D parameters, first dimension the expert."""
+    """A fused expert module: `weights` are its 3-D parameters, first dimension the expert.
+
+    `sorted` ones are called with the tokens of one expert after those of another, not with the router's choice.
+    """
 
     path: str
     count: int
     weights: tuple[str, ...]
+    sorted: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def discover(model: nn.Module) -> Structure:
     towers = find_towers(model, decoder_path, head) | dict(exceptions.towers)
     keep = {f"{block}.{name}" for block in blocks for name in exceptions.keep if f"{block}.{name}" in linears}
     groups, tuple_outputs = probe(model, blocks)
+    experts, groups = _with_sorted(tuple(find_experts(model)), groups, exceptions.sorted_experts)
     return Structure(
         model_type=config.model_type,
         decoder=decoder_path,
@@ -105,7 +110,7 @@ def discover(model: nn.Module) -> Structure:
         linears=linears,
         embeddings=tuple(n for n, m in model.named_modules() if isinstance(m, nn.Embedding)),
         head=head,
-        experts=tuple(find_experts(model)),
+        experts=experts,
         towers=towers,
         keep=frozenset(keep),
         tuple_outputs=tuple_outputs,
@@ -149,6 +154,24 @@ def find_experts(model: nn.Module) -> Iterator[Experts]:
         counts = Counter(value.shape[0] for value in stacks.values())
         if len(stacks) >= 2 and len(counts) == 1 and not isinstance(module, (nn.Conv1d, nn.Conv2d)):
             yield Experts(name, next(iter(counts)), tuple(stacks))
+
+
+def _with_sorted(
+    experts: tuple[Experts, ...], groups: dict[str, tuple[Group, ...]], names: tuple[str, str] | None
+) -> tuple[tuple[Experts, ...], dict[str, tuple[Group, ...]]]:
+    """Mark sorted experts, and let them join the group of the linear whose input they get scaled copies of."""
+    if names is None:
+        return experts, groups
+    joined = {}
+    for block, found in groups.items():
+        stack, reader = (f"{block}.{name}" for name in names)
+        joined[block] = tuple(
+            replace(group, others=(*group.others, stack)) if reader in group.linears else group
+            for group in found
+            if group.others != (stack,)
+        )
+    marked = (replace(each, sorted=each.path.endswith(f".{names[0]}")) for each in experts)
+    return tuple(marked), joined
 
 
 def find_towers(model: nn.Module, decoder: str, head: str | None) -> dict[str, str]:

@@ -281,6 +281,10 @@ class BlockStream:
 
             return forward
 
+        embedding = model.get_input_embeddings()  # some models look where its weight lies before they call it
+        for name in self.source.structure.embeddings:
+            if model.get_submodule(name) is embedding:
+                self.source.materialize(name, self.device)
         hooks = self._fill_on_demand()
         if inputs.keys() - TEXT_INPUTS:
             for tower in self.source.structure.towers.values():

@@ -47,6 +47,14 @@ def logits(model: Any, prompt: Tensor, **more: Any) -> Tensor:
     return result
 
 
+DENSE_LAYERS = {  # family -> why some of its two layers stay dense
+    "gemma3": {"sliding window": 1},
+    "gemma3_text": {"sliding window": 1},
+    "llama4_text": {"a mask that is not plain causality": 1},  # it attends to chunks
+    "gpt_oss": {"sliding window": 1, "attention with s_aux": 1},  # sinks
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_density_one_generates_the_same_tokens(family: str) -> None:
     model, prompt = random_model(family), ids()
@@ -54,9 +62,9 @@ def test_density_one_generates_the_same_tokens(family: str) -> None:
     with attach(model, full, PLAIN) as attached:
         assert torch.equal(generate(model, prompt), expected)
     whole = attached.total()
-    sliding = family.startswith("gemma3")
-    assert whole["density"] == 1.0 and whole["calls"] == (1 if sliding else 2)
-    assert whole["fallbacks"] == {"decode": 10} | ({"sliding window": 1} if sliding else {})
+    dense = DENSE_LAYERS.get(family, {})
+    assert whole["density"] == (1.0 if len(dense) < 2 else None) and whole["calls"] == 2 - len(dense)
+    assert whole["fallbacks"] == {"decode": 10} | dense
     assert torch.equal(generate(model, prompt), expected), "removed without a trace"
 
 

@@ -61,6 +61,11 @@ class RewrittenCheckpoint(Checkpoint):
         """Bytes of the tensors as they are stored."""
         return self.inner.nbytes
 
+    @property
+    def decoded(self) -> bool:
+        """What the stored tensors are."""
+        return self.inner.decoded
+
     def sources(self, name: str) -> list[TensorInfo]:
         """Return the stored tensors that `read` needs for a name."""
         edit = self.edits.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...models.block import Block
+from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
 from ...numerics.scheme import Scheme
@@ -15,6 +16,7 @@ class Untouched:
 
     reads: frozenset[str] = frozenset()
     follows_original = False
+    keeps_function = True
 
     def needs_data(self, scheme: Scheme) -> bool:
         """Transforms ask for data themselves."""
@@ -23,6 +25,10 @@ class Untouched:
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
         """Nothing."""
         return 0
+
+    def statistics(self, block: Block) -> Makers:
+        """None."""
+        return {}
 
     def process(self, block: Block) -> None:
         """Do nothing."""

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from ....base.errors import ConfigError
+from ....kernels.selection import fused
 from .._budget import decayed, keep_count, keep_density
+from .._fused import counts, forced, power, ready
 from .._layout import Always, allowed_blocks, forced_blocks, prompt_spans, real_keys, real_queries
 from .._options import Option, Settings
 from .._scores import block_means, blocks_of, per_head, products, split, token_blocks
@@ -69,6 +71,8 @@ class Stem:
             return finish(allowed_blocks(ctx, q.device).expand(q.shape[0], q.shape[1], -1, -1), ctx)
         blocks = 1 if density is not None else NATIVE_BLOCKS
         always = Always(one("initial_blocks", ctx) or blocks, one("window_blocks", ctx) or blocks)
+        if density is not None and power(stride) and ready(q, k, v, ctx):
+            return self._fused(q, k, v, ctx, density, always, alpha)
         logits = block_logits(q, k, ctx, stride, one("norm", ctx))
         if one("oam", ctx) and one("lambda", ctx):
             logits = (
@@ -78,6 +82,34 @@ class Stem:
             return finish(keep_density(logits, ctx, density, always, (alpha,)), ctx)
         count, widest = _counts(ctx, one("keep_ratio", ctx), alpha, q.device)
         return finish(keep_count(logits, ctx, count, widest) | forced_blocks(ctx, q.device, always), ctx)
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ctx: Context,
+        density: tuple[float, ...],
+        always: Always,
+        alpha: float,
+    ) -> BlockPlan:
+        """The same at a density by GPU programs; the means are rounded to the dtype of q and k."""
+        one = self.settings.one
+        stride, weight = one("stride", ctx), one("lambda", ctx) if one("oam", ctx) else 0.0
+        phases_q = fused.means(q, ctx.block, stride, phases=True, flip=True)
+        phases_k = fused.means(k, ctx.block, stride, phases=True)
+        count, widest = counts(ctx, density, q.device, always, (alpha,))
+        return fused.choose(
+            fused.products(phases_q.flatten(3), phases_k.flatten(3)),
+            count,
+            widest,
+            block=ctx.block,
+            q_offset=ctx.q_offset,
+            forced=forced(ctx, always),
+            factor=ctx.scaling / one("norm", ctx) / stride,
+            bonus=fused.value_bonus(v, ctx.block, stride) if weight else None,
+            weight=weight,
+        )
 
 
 def block_logits(q: Tensor, k: Tensor, ctx: Context, stride: int, norm: float = 1.0) -> Tensor:

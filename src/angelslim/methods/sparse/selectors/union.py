@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....base.errors import ConfigError
+from ....kernels.selection import fused
 from .._budget import affordable, keep_density, keep_mass
+from .._fused import counts, forced, power, ready
 from .._layout import Always, real_keys, real_queries
 from .._options import Option, Settings
 from .._scores import (
@@ -77,12 +79,31 @@ class Union:
             raise ConfigError(
                 f"A block of {ctx.block} tokens cannot be cut into {cells} cells.", fix="Choose a divisor."
             )
-        score = cell_masses(q, k, ctx, cells) + last_row_masses(q, k, ctx, one("last", ctx))
-        density = self.settings.density(ctx, q.shape[1])
+        density, asking = self.settings.density(ctx, q.shape[1]), one("last", ctx)
+        if density is not None and asking <= ctx.block and power(asking, least=16) and ready(q, k, v, ctx):
+            return _fused(q, k, ctx, density, cells, asking, Always(last=affordable(last, ctx, density)))
+        score = cell_masses(q, k, ctx, cells) + last_row_masses(q, k, ctx, asking)
         if density is None:
             always = Always(window=one("window_blocks", ctx), last=last)
             return finish(keep_mass(score, ctx, self.settings.column("mass", ctx, q), always), ctx)
         return finish(keep_density(score, ctx, density, Always(last=affordable(last, ctx, density))), ctx)
+
+
+def _fused(
+    q: Tensor, k: Tensor, ctx: Context, density: tuple[float, ...], cells: int, last: int, always: Always
+) -> BlockPlan:
+    """The plan at a density by GPU programs."""
+    count, widest = counts(ctx, density, q.device, always, (1.0,))
+    return fused.choose(
+        fused.cell_masses(q, k, cells, ctx.q_offset, ctx.block, ctx.scaling),
+        count,
+        widest,
+        block=ctx.block,
+        q_offset=ctx.q_offset,
+        forced=forced(ctx, always),
+        lines=fused.last_lines(q, k, last, ctx.block, ctx.scaling),
+        weight=LINES,
+    )
 
 
 def cells_for(block: int, prompt_len: int) -> int:

@@ -1,0 +1,1 @@
+"""Choosing blocks on a GPU: pooled tokens, scores of blocks, and the lists of the best ones."""

@@ -47,9 +47,8 @@ QUESTIONS = (
 
 
 def watched(rows: Rows, method: str) -> list[dict[str, Any]]:
-    """Return the final runs of a method with looks that hold the losses with and without what fades."""
-    runs = runs_by_place(rows, method).values()
-    return [row for row in runs if row.get("looks") and "exported" in row["looks"][0]]
+    """Return the final runs of a method that were looked into."""
+    return [row for row in runs_by_place(rows, method).values() if row.get("looks")]
 
 
 def curve(runs: list[dict[str, Any]], key: str) -> list[list[float]]:
@@ -83,7 +82,9 @@ def findings_of(rows: Rows) -> dict[str, Any]:
 def _answers(rows: Rows, keys: tuple[str, ...], names: list[str]) -> Mapping[str, Any]:
     found = {}
     for name in names:
-        runs = watched(rows, name)
+        runs = [row for row in watched(rows, name) if any(key in row["looks"][0] for key in keys)]
+        if not runs:
+            continue  # looked into before this was part of a look
         curves = {key: points for key in keys if (points := curve(runs, key))}
         found[name] = {
             "runs": len(runs),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from angelslim.config.files import read_yaml
 from angelslim.training.trials import Trials
@@ -120,6 +124,24 @@ def test_a_sweep_of_another_recipe_is_refused(cli, words, tmp_path):
     assert outcome.code == 2 and "another plan, recipe" in outcome.err
 
 
+def test_two_workers_search_and_one_command_leaves_the_recipe(cli, words, tmp_path):
+    outcome = cli(*words, "--workers", 2)
+    assert outcome.code == 0, outcome.err
+    trials, _, _ = curves(tmp_path / "sweep")
+    assert len(trials) == 4 and not list((tmp_path / "sweep").glob("trials/*"))
+    assert (
+        read_yaml(tmp_path / "sweep" / "chosen.yaml")["compression"]["QAT"]["hf_args"]["learning_rate"]
+        == 1e-3
+    )
+
+
+def test_a_cluster_without_ray_is_one_line(cli, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    outcome = cli(*words, "--ray")
+    assert outcome.code == 2 and "pip install 'angelslim[ray]'" in outcome.err
+    assert not (tmp_path / "sweep").exists()
+
+
 # --------------------------------------------------------------------------------------------- teacher
 
 
@@ -205,3 +227,67 @@ def test_distill_needs_a_teacher_and_then_runs(cli, lines, tiny_folder, tmp_path
     )
     assert outcome.code == 0, outcome.err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["training"]["loss"] == "kl"
+
+
+# ------------------------------------------------------------------------------------- mistakes of a training
+
+
+def refused(outcome, complaint):
+    """Status 2, and one error in one line, with what to do about it beside it."""
+    assert outcome.code == 2, outcome.err
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and complaint in " ".join(outcome.err.split()), outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def training(lines, tiny_folder, out, recipe="ternary_tequila"):
+    words = (f"dataset.data_path={lines}", "dataset.max_seq_length=32", ROWS, "evaluation.enabled=false")
+    return ("run", recipe, tiny_folder, *words, "compression.QAT.hf_args.max_steps=2", "--out", out)
+
+
+def test_a_group_that_does_not_divide_the_inputs_is_refused(cli, lines, tiny_folder, tmp_path):
+    odd = "compression.QAT.plugin_config.quant_config.special.group_size=48"
+    refused(cli(*training(lines, tiny_folder, tmp_path / "out"), odd), "48")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_documents_are_refused(cli, tiny_folder, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 5)
+    refused(cli(*training(tmp_path / "empty.jsonl", tiny_folder, tmp_path / "out")), "all are empty")
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(cli, lines, tiny_folder, tmp_path):
+    teacher = save_qwen3(tmp_path / "teacher")
+    words = [
+        word for word in training(lines, tiny_folder, tmp_path / "out", "distill") if "QAT" not in str(word)
+    ]
+    words = [word for word in words if word != ROWS]
+    refused(cli(*words, f"compression.Distill.teacher_model_path={teacher}"), "vocabular")
+
+
+def test_the_unfinished_training_of_another_recipe_is_refused(cli, lines, tiny_folder, tmp_path, monkeypatch):
+    command = (*training(lines, tiny_folder, tmp_path / "out"), "compression.QAT.hf_args.save_steps=1")
+
+    def dying(*_args, **_kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("angelslim.train.loop.checkpoint.save", dying)
+        with pytest.raises(Killed):
+            cli(*command)
+    assert (tmp_path / "out.training").exists()
+    refused(cli(*command, f"{RATE}=0.1"), "another recipe")
+    assert cli(*command).code == 0
+
+
+def test_a_layer_of_zeros_is_trained_and_encoded(cli, lines, tiny_folder, tmp_path):
+    """sign(0) counts as +1: a four of equal zeros has one zero and three signs, as its code needs."""
+    folder = tmp_path / "zeros"
+    shutil.copytree(tiny_folder, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("mlp.up_proj.weight"))
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
+    outcome = cli(*training(lines, folder, tmp_path / "out", "sherry"))
+    assert outcome.code == 0, outcome.err
+    assert cli("export", tmp_path / "out", "--format", "gguf", "--out", tmp_path / "out.gguf").code == 0

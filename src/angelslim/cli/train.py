@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,8 @@ def sweep(
     recipe: Recipe,
     plan: Annotated[Path, typer.Option(help="What is searched, a YAML file.")],
     out: Annotated[Path, typer.Option(help="Folder for the chosen recipe, the page and the state.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that search, by turns on the GPUs.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Run the workers on a Ray cluster.")] = False,
     rest: Rest = None,
     seed: Seed = None,
 ) -> None:
@@ -54,15 +57,19 @@ def sweep(
 
     Trials train on the smallest share of the plan; those whose held-back loss falls behind stop early. The best trains
     on every share. The folder holds chosen.yaml for `angelslim run`, sweep.html and sweep.json. A sweep that was killed
-    continues with the same command. Needs the extra `sweep`.
+    continues with the same command. Needs the extra `sweep`; `--ray` the extra `ray`, and a folder that all machines see.
     """
     from ..report.sweep import sweep_table
     from ..sweep.run import CHOSEN, PAGE, run
     from ..sweep.space import read_plan
+    from ..sweep.workers import Workers, require_ray
     from ..training.trials import SHARE, Trials
 
     model, words = split(rest, seed)
-    trials = Trials(recipe, model, words, read_plan(plan), out)
+    if ray:
+        require_ray()
+    make = partial(Trials, recipe, model, words, read_plan(plan), out)
+    trials = make()
     console.err.print(console.table("Plan", ["", ""], trials.announced()))
     found = run(
         trials.plan,
@@ -71,6 +78,7 @@ def sweep(
         share_key=SHARE,
         merged=trials.chosen,
         of=trials.identity,
+        workers=Workers(workers, make, ray) if workers > 1 or ray else None,
         title=f"{trials.base.name} of {trials.base.source.name}",
     )
     console.out.print(sweep_table(found))

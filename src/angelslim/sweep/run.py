@@ -23,7 +23,7 @@ from ..config.files import write_yaml
 from ..models.checkpoint import write_atomically
 from ..report.sweep import Sweep, Trial, VolumeRun, sweep_html
 from .space import Plan
-from .study import Budget, Objective, best, search
+from .study import Budget, Objective, Workers, best, search
 
 CHOSEN, RESULT, PAGE = "chosen.yaml", "sweep.json", "sweep.html"
 
@@ -38,17 +38,18 @@ def run(
     merged: Callable[[dict[str, Any]], str] | None = None,
     of: str = "",
     title: str = "sweep",
+    workers: Workers | None = None,
 ) -> Sweep:
     """Search, try the volumes and write the results.
 
     `base` is the recipe that the overrides change, `share_key` the override that sets the share of the data; both
     go into ``chosen.yaml``. `merged` makes the text of that file from all overrides where extending `base` is not
-    enough. `of` identifies what is trained: a folder that was begun with another, or with another search, is a
+    enough. `workers` search in several processes; the volumes are tried in this one. `of` identifies what is trained: a folder that was begun with another, or with another search, is a
     `ConfigError`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _same_plan({**plan.identity(), **({"of": of} if of else {})}, folder / "plan.json")
-    trials = search(plan, objective, folder)
+    trials = search(plan, objective, folder, workers)
     winner = best(trials)
     runs = _volumes(plan, winner, objective, folder)
     share, why = _enough(plan, runs)

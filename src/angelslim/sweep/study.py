@@ -12,10 +12,11 @@ again, and resumes its training there if it can.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..base import console
 from ..base.errors import ConfigError, Diverged, MissingExtra
@@ -32,40 +33,91 @@ class Budget:
     folder: Path
 
 
+WAIT = 120  # seconds for another process's lock on the database
+
+
+class Workers(Protocol):
+    """Other processes that carry out trials of the folder's study (`workers`)."""
+
+    def search(self, plan: Plan, folder: Path) -> None:
+        """Run the trials that are missing."""
+
+
 # Overrides and budget in, (step, dev loss) out while it trains; it may be dropped at any step.
 Objective = Callable[[dict[str, Any], Budget], Iterable[tuple[int, float]]]
 
 
-def search(plan: Plan, objective: Objective, folder: Path) -> list[Trial]:
-    """Run what is missing of the plan's trials and return all of them."""
+def search(plan: Plan, objective: Objective, folder: Path, workers: Workers | None = None) -> list[Trial]:
+    """Run what is missing of the plan's trials and return all of them; first by `workers`, where there are some."""
+    study = open_study(plan, folder)
+    states = _optuna().trial.TrialState
+    for left in study.get_trials(states=(states.RUNNING,)):
+        study.tell(left.number, state=states.FAIL)  # a killed run was in it
+    ended = (states.COMPLETE, states.PRUNED)
+    if workers is not None and len(study.get_trials(states=ended)) < plan.trials:
+        shutil.rmtree(
+            folder / "trials", ignore_errors=True
+        )  # of killed trials, which others take the place of
+        workers.search(plan, folder)
+        for left in study.get_trials(states=(states.RUNNING,)):
+            study.tell(left.number, state=states.FAIL)
+    done = len(study.get_trials(states=ended))
+    with console.bar("trials", max(plan.trials - done, 0)) as bar:
+        for place in range(done, plan.trials):
+            study.sampler = _sampler(plan, place)
+            bar.advance(_carry_out(study, study.ask(), plan, objective, folder / "trials" / f"{place:03d}"))
+    return [_record(place, trial) for place, trial in enumerate(study.get_trials(states=ended))]
+
+
+def open_study(plan: Plan, folder: Path) -> Any:
+    """Open the folder's study, or begin it."""
     optuna = _optuna()
-    states = optuna.trial.TrialState
     folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{(folder / 'study.db').resolve()}",
+        engine_kwargs={"connect_args": {"timeout": WAIT}},
+    )
+    return optuna.create_study(
         study_name="search",
-        storage=f"sqlite:///{(folder / 'study.db').resolve()}",
+        storage=storage,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=plan.patience),
         load_if_exists=True,
     )
-    for left in study.get_trials(states=(states.RUNNING,)):
-        study.tell(left.number, state=states.FAIL)  # a killed run was in it
-    done = len(study.get_trials(states=(states.COMPLETE, states.PRUNED)))
-    with console.bar("trials", max(plan.trials - done, 0)) as bar:
-        for place in range(done, plan.trials):
-            study.sampler = optuna.samplers.TPESampler(seed=plan.seed * 1_000_003 + place)
-            trial = study.ask()
-            overrides = {name: knob.suggest(trial, name) for name, knob in plan.search.items()}
-            budget = Budget(min(plan.volumes), plan.seed, folder / "trials" / f"{place:03d}")
-            outcome = _run(trial, objective(overrides, budget))
-            trial.set_user_attr("outcome", outcome)
-            study.tell(
-                trial,
-                state=states.PRUNED if outcome != "finished" else None,
-                values=_last(study, trial, outcome),
-            )
-            bar.advance(outcome)
-    finished = study.get_trials(states=(states.COMPLETE, states.PRUNED))
-    return [_record(place, trial) for place, trial in enumerate(finished)]
+
+
+def take_trial(study: Any, plan: Plan, objective: Objective, folder: Path) -> bool:
+    """Train one trial beside other processes; False if the plan has no room for another one."""
+    states = _optuna().trial.TrialState
+    trial = study.ask()
+    study.sampler = _sampler(plan, trial.number, others=True)  # by its number: no two draw the same values
+    before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+    if sum(t.state != states.FAIL for t in before) >= plan.trials:
+        study.tell(trial, state=states.FAIL)
+        return False
+    try:
+        _carry_out(study, trial, plan, objective, folder / "trials" / f"{trial.number:03d}")
+    except BaseException:
+        study.tell(trial, state=states.FAIL, skip_if_finished=True)
+        raise
+    return True
+
+
+def _sampler(plan: Plan, place: int, others: bool = False) -> Any:
+    seed = plan.seed * 1_000_003 + place
+    return _optuna().samplers.TPESampler(seed=seed, constant_liar=others)
+
+
+def _carry_out(study: Any, trial: Any, plan: Plan, objective: Objective, folder: Path) -> str:
+    """Train one trial and tell the study how it ended."""
+    overrides = {name: knob.suggest(trial, name) for name, knob in plan.search.items()}
+    outcome = _run(trial, objective(overrides, Budget(min(plan.volumes), plan.seed, folder)))
+    trial.set_user_attr("outcome", outcome)
+    study.tell(
+        trial,
+        state=_optuna().trial.TrialState.PRUNED if outcome != "finished" else None,
+        values=_last(study, trial, outcome),
+    )
+    return outcome
 
 
 def _optuna() -> Any:

@@ -4,8 +4,8 @@ On a GPU the kernels that quantize a small weight are done before the next one i
 start of each, its guards and its Python. All layers of one shape, type and recipe compute the same function, so what one step
 asked for can be computed for the next in a few calls of `TOGETHER` layers each, and the layers then find it ready.
 
-A result is one tensor, and counts only for the very tensors that it was made of, at the version that they had (torch counts each change in
-place), and for the same settings; anything else is computed as always. So micro-batches and recomputed blocks share it,
+A result is one tensor, and counts only for the very tensors that it was made of, at the version that they had (torch
+counts each change in place), and for the same settings; anything else is computed as always. So micro-batches and recomputed blocks share it,
 and a weight that was changed after `prepare` is quantized again. Only compiled functions take part, and only small weights:
 with large ones the kernels themselves take the time, and keeping results over a step would cost memory.
 """

@@ -40,13 +40,17 @@ from rivals.quality import in_float32, log_probabilities
 
 SAMPLES, TOKENS, WINDOWS = 32, 256, 32
 OBSERVER = "compression__quantization__observer"
+AS_FOUND: dict[str, Any] = {"compression__quantization__quant_method__lepto_accept": "none"}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "static": ("fp8_static", {}),
     "static, percentile": ("fp8_static", {OBSERVER: "percentile"}),
     "static, mse": ("fp8_static", {OBSERVER: "mse"}),
-    "lepto": ("fp8_lepto", {}),
-    "lepto, margin 0": ("fp8_lepto", {"compression__quantization__quant_method__lepto_margin": 0.0}),
-    "lepto extended": ("fp8_lepto_extended", {}),
+    "lepto": ("fp8_lepto", AS_FOUND),
+    "lepto, margin 0": (
+        "fp8_lepto",
+        AS_FOUND | {"compression__quantization__quant_method__lepto_margin": 0.0},
+    ),
+    "lepto extended": ("fp8_lepto_extended", AS_FOUND),
     "dynamic": ("fp8_dynamic", {}),
 }
 REPEATED = ("static", "lepto", "lepto, margin 0", "lepto extended")  # for every calibration seed

@@ -105,6 +105,7 @@ def test_plain_scales_are_written_where_the_searched_ones_lose(tiny_folder, text
     assert all(torch.equal(guarded[name].float(), plain[name].float()) for name in plain)
     assert any(not torch.equal(found[name].float(), plain[name].float()) for name in plain)
     trial = RunRecord.load(tmp_path / "guarded").trial
+    assert "the plain ones: calibration KL" in (tmp_path / "guarded" / "report.html").read_text()
     assert trial is not None and trial["accepted"] is False and trial["searched_kl"] > trial["plain_kl"]
     for layer, other in zip(records["guarded"].layers, records["plain"].layers, strict=True):
         assert layer.input_scale == other.input_scale and layer.activations == other.activations

@@ -116,6 +116,7 @@ def _run(name: str, record: RunRecord) -> dict[str, Any]:
         ("Method", record.method),
         ("Scheme", record.scheme),
         ("Format", record.format),
+        ("Input scales", words.trial(record.trial)),
         ("Time", words.duration(record.seconds)),
         ("Peak memory", words.megabytes(record.peak_memory_bytes)),
         ("Seed", str(record.seed)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ..evaluate.base import Score
 
@@ -127,3 +129,17 @@ def verdict(before: Score, after: Score) -> str:
     if abs(gain) <= noise:
         return "same"
     return "better" if gain > 0 else "worse"
+
+
+def trial(found: Mapping[str, Any] | None) -> str:
+    """Say which input scales were written and why; nothing where none had to prove themselves.
+
+    >>> trial({"searched_kl": 0.0011, "plain_kl": 0.001, "accepted": False})
+    'the plain ones: calibration KL 0.001, with the searched ones 0.0011'
+    """
+    if found is None:
+        return ""
+    searched, plain = f"{found['searched_kl']:.4g}", f"{found['plain_kl']:.4g}"
+    if found["accepted"]:
+        return f"the searched ones: calibration KL {searched}, with the plain ones {plain}"
+    return f"the plain ones: calibration KL {plain}, with the searched ones {searched}"

@@ -7,13 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from angelslim.config.files import read_yaml
+from angelslim.train import checkpoint
 from angelslim.training.trials import Trials
-from tiny import Killed
+from tiny import Killed, byte_tokenizer, dies_at, save_qwen3
 
 RATE = "compression.QAT.hf_args.learning_rate"
 ROWS = "compression.QAT.hf_args.per_device_train_batch_size=2"
@@ -129,6 +131,11 @@ def test_two_workers_search_and_one_command_leaves_the_recipe(cli, words, tmp_pa
     assert outcome.code == 0, outcome.err
     trials, _, _ = curves(tmp_path / "sweep")
     assert len(trials) == 4 and not list((tmp_path / "sweep").glob("trials/*"))
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    refused = [trial.number for trial in study.trials if trial.state.name == "FAIL"]
+    assert refused == [4, 5], (
+        "each of the two trained until there was no room, none left its work to the caller"
+    )
     assert (
         read_yaml(tmp_path / "sweep" / "chosen.yaml")["compression"]["QAT"]["hf_args"]["learning_rate"]
         == 1e-3
@@ -232,7 +239,7 @@ def test_distill_needs_a_teacher_and_then_runs(cli, lines, tiny_folder, tmp_path
 # ------------------------------------------------------------------------------------- mistakes of a training
 
 
-def refused(outcome, complaint):
+def is_refused(outcome, complaint):
     """Status 2, and one error in one line, with what to do about it beside it."""
     assert outcome.code == 2, outcome.err
     errors = [line for line in outcome.err.splitlines() if line.startswith("error:")]
@@ -247,36 +254,36 @@ def training(lines, tiny_folder, out, recipe="ternary_tequila"):
 
 def test_a_group_that_does_not_divide_the_inputs_is_refused(cli, lines, tiny_folder, tmp_path):
     odd = "compression.QAT.plugin_config.quant_config.special.group_size=48"
-    refused(cli(*training(lines, tiny_folder, tmp_path / "out"), odd), "48")
+    is_refused(cli(*training(lines, tiny_folder, tmp_path / "out"), odd), "48")
     assert not (tmp_path / "out").exists()
 
 
 def test_empty_documents_are_refused(cli, tiny_folder, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 5)
-    refused(cli(*training(tmp_path / "empty.jsonl", tiny_folder, tmp_path / "out")), "all are empty")
+    is_refused(cli(*training(tmp_path / "empty.jsonl", tiny_folder, tmp_path / "out")), "all are empty")
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(cli, lines, tiny_folder, tmp_path):
     teacher = save_qwen3(tmp_path / "teacher")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(teacher)
     words = [
         word for word in training(lines, tiny_folder, tmp_path / "out", "distill") if "QAT" not in str(word)
     ]
     words = [word for word in words if word != ROWS]
-    refused(cli(*words, f"compression.Distill.teacher_model_path={teacher}"), "vocabular")
+    is_refused(cli(*words, f"compression.Distill.teacher_model_path={teacher}"), "vocabular")
 
 
 def test_the_unfinished_training_of_another_recipe_is_refused(cli, lines, tiny_folder, tmp_path, monkeypatch):
     command = (*training(lines, tiny_folder, tmp_path / "out"), "compression.QAT.hf_args.save_steps=1")
 
-    def dying(*_args, **_kwargs):
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr("angelslim.train.loop.checkpoint.save", dying)
+        patch.setattr(checkpoint, "save", dies_at(checkpoint.save, 1, True))
         with pytest.raises(Killed):
             cli(*command)
     assert (tmp_path / "out.training").exists()
-    refused(cli(*command, f"{RATE}=0.1"), "another recipe")
+    is_refused(cli(*command, f"{RATE}=0.1"), "another recipe")
     assert cli(*command).code == 0
 
 

@@ -98,18 +98,6 @@ def test_an_error_of_all_is_one_error(tmp_path: Path) -> None:
         swept(tmp_path, hopeless)
 
 
-def test_processes_search_one_study(tmp_path: Path) -> None:
-    """Real processes; the objective is one that they can import."""
-    plan = replace(PLAN, trials=3)
-    make = partial(partial, _constant)
-    found = run(plan, _constant, tmp_path, workers=Workers(2, make))
-    assert [trial.outcome for trial in found.trials] == ["finished"] * 3
-
-
-def _constant(overrides: dict[str, Any], budget: Budget) -> Any:
-    return [(1, overrides["lr"] + budget.share)]
-
-
 def test_workers_take_turns_on_the_gpus_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert _devices() == ["2", "5"]

@@ -32,20 +32,12 @@ from sparse_speed import context, dense_candidates, flops, inputs, milliseconds,
 LENGTHS = (32768, 131072)
 SMALL = 2048
 CUTS = {
-    "plain": Tiles(128, 128, 8, 3, heads_first=False),
-    "heads first": Tiles(128, 128, 8, 3),
-    "copies 2": Tiles(128, 128, 8, 2, copies=True),
-    "copies 3": Tiles(128, 128, 8, 3, copies=True),
-    "copies 2 ahead": Tiles(128, 128, 8, 2, copies=True, ahead=True),
-    "copies 3, rows first": Tiles(128, 128, 8, 3, copies=True, heads_first=False),
-    "copies, 64 keys, 4": Tiles(128, 64, 8, 4, copies=True),
-    "copies, 64 keys, 3 ahead": Tiles(128, 64, 8, 3, copies=True, ahead=True),
-    "copies, 64 keys, 4 warps": Tiles(128, 64, 4, 3, copies=True),
-    "copies, 64 queries": Tiles(64, 128, 4, 2, copies=True, ahead=True),
-    "copies, 64 and 64": Tiles(64, 64, 4, 3, copies=True, ahead=True, registers=168),
-    "specialized": Tiles(128, 128, 8, 2, copies=True, specialize=True),
-    "specialized, 64 keys": Tiles(128, 64, 8, 3, copies=True, specialize=True),
-}
+    f"triton {numbers}": Tiles(*numbers)
+    for numbers in (
+        (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 32, 4, 4),
+        (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+    )
+}  # fmt: skip
 HOPPER = {"hopper 2": 2, "hopper 3": 3}
 TRACED = (("union", 0.1), ("stem", 0.1))
 LIMIT, HOPPER_LIMIT = 100, 45  # seconds of one candidate's process
@@ -57,9 +49,7 @@ def runner(name: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
         scaling = q.shape[-1] ** -0.5
         if name in HOPPER:
-            out = hopper.run(q, k, v, plan, scaling=scaling, stages=HOPPER[name])
-            assert out is not None
-            return out
+            return hopper.run(q, k, v, plan, scaling=scaling, stages=HOPPER[name])
         return triton_flash.run(q, k, v, plan, scaling=scaling, tiles=CUTS[name])
 
     return run

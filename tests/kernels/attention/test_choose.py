@@ -25,13 +25,15 @@ def refusals(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_the_fastest_that_can(refusals: dict[str, str]) -> None:
+    assert choose(CASE)[0].name == "hopper"
+    refusals["hopper"] = "no Hopper"
     assert choose(CASE)[0].name == "triton"
     refusals["triton"] = "no GPU"
     kernel, why = choose(CASE)
-    assert (kernel.name, why) == ("flex", "no GPU")
+    assert (kernel.name, why) == ("flex", "no Hopper; no GPU")
     refusals["flex"] = "no compiler"
     kernel, why = choose(CASE)
-    assert (kernel.name, why) == ("dense", "no GPU; no compiler")
+    assert (kernel.name, why) == ("dense", "no Hopper; no GPU; no compiler")
 
 
 def test_a_named_kernel_runs_or_says_why_not(refusals: dict[str, str]) -> None:

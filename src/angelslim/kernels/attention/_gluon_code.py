@@ -46,7 +46,7 @@ def _produce(
         b, h, row = _place(program, tiles, heads, GROUPS)
         group = h // GROUPS
         lists = b.to(gl.int64) * stride_nb + h.to(gl.int64) * stride_nh + row
-        count = gl.load(num_ptr + lists)
+        count = gl.maximum(gl.load(num_ptr + lists), 1)
         place = idx_ptr + lists * longest
         for half in gl.static_range(2):
             mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
@@ -74,79 +74,105 @@ def _produce(
 
 
 @gluon.jit
+def _weigh(scores, m, sums, scale):
+    """One step of the online softmax: weights, their row maxima and sums, and what earlier weights shrink by."""
+    highest = gl.maximum(m, gl.max(scores, 1) * scale)
+    p = gl.exp2(scores * scale - highest[:, None])
+    decay = gl.exp2(m - highest)
+    return p, highest, sums * decay + gl.sum(p, 1), decay
+
+
+@gluon.jit
+def _write(out_ptr, acc, token, q_len, stride_t, kind: gl.constexpr, layout: gl.constexpr):
+    """Store 64 rows of one head."""
+    tokens = token + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    dims = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    place = out_ptr + tokens.to(gl.int64)[:, None] * stride_t + dims[None, :]
+    gl.store(place, acc.to(kind), mask=tokens[:, None] < q_len)
+
+
+@gluon.jit
+def _attend(
+    q, k_s, v_s, k_full, k_empty, v_full, v_empty, step, count, last, first_position, scale,
+    kind: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, wide: gl.constexpr, narrow: gl.constexpr,
+):  # fmt: skip
+    """The online softmax of 64 queries over `count` blocks; the sums of values before they are divided, and of weights."""
+    weights: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=narrow, k_width=2)
+    out_row: gl.constexpr = gl.SliceLayout(1, narrow)
+    nothing = gl.zeros([ROWS, SIDE], gl.float32, wide)
+    slot = step % STAGES
+    mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+    running = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [running])
+    mbarrier.arrive(k_empty.index(slot))
+    keys = last * SIDE + gl.arange(0, SIDE, gl.SliceLayout(0, wide))
+    position = first_position + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+    scores = gl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
+    m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, wide))
+    coming, m, sums, decay = _weigh(scores, m, gl.zeros_like(m), scale)
+    p = gl.convert_layout(coming.to(kind), weights)
+    acc = gl.zeros([ROWS, D], gl.float32, narrow)
+    for n in range(1, count):
+        before = slot
+        phase_before = ((step + n - 1) // STAGES) & 1
+        slot = (step + n) % STAGES
+        mbarrier.wait(k_full.index(slot), ((step + n) // STAGES) & 1)
+        running = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), phase_before)
+        mixing = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, [running])
+        mbarrier.arrive(k_empty.index(slot))
+        coming, m, sums, decay = _weigh(scores, m, sums, scale)
+        acc = warpgroup_mma_wait(0, [mixing])
+        mbarrier.arrive(v_empty.index(before))
+        acc = acc * gl.convert_layout(decay, out_row)[:, None]
+        p = gl.convert_layout(coming.to(kind), weights)
+    mbarrier.wait(v_full.index(slot), ((step + count - 1) // STAGES) & 1)
+    mixing = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, [mixing])
+    mbarrier.arrive(v_empty.index(slot))
+    return acc, gl.convert_layout(sums, out_row)
+
+
+@gluon.jit
 def _consume(
     out_ptr, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
     stride_ob, stride_oh, stride_ot, q_len, q_offset, scale,
     q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """The online softmax of 64 queries over their list, from the diagonal back to the first block."""
+    """64 queries of each tile, from the diagonal back to the first block."""
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIDE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    weights: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=narrow, k_width=2)
-    per_row: gl.constexpr = gl.SliceLayout(1, wide)
-    out_row: gl.constexpr = gl.SliceLayout(1, narrow)
-    kind: gl.constexpr = q_s.dtype
-    nothing = gl.zeros([ROWS, SIDE], gl.float32, wide)
     step = 0
     turn = 0
     for program in range(gl.program_id(0), total, gl.num_programs(0)):
         b, h, row = _place(program, tiles, heads, GROUPS)
         lists = b.to(gl.int64) * stride_nb + h.to(gl.int64) * stride_nh + row
-        count = gl.load(num_ptr + lists)  # no row is empty
+        listed = gl.load(num_ptr + lists)
+        count = gl.maximum(listed, 1)  # a row without blocks reads block 0 and writes zeros
         last = gl.load(idx_ptr + lists * longest + count - 1)
         token = row * SIDE + HALF * ROWS
-        q = q_s.index(HALF)
         mbarrier.wait(q_full.index(HALF), turn & 1)
-
-        slot = step % STAGES
-        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
-        running = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [running])
-        mbarrier.arrive(k_empty.index(slot))
-        keys = last * SIDE + gl.arange(0, SIDE, gl.SliceLayout(0, wide))
-        position = q_offset + token + gl.arange(0, ROWS, per_row)
-        scores = gl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
-        m = gl.max(scores, 1) * scale
-        p = gl.exp2(scores * scale - m[:, None])
-        sums = gl.sum(p, 1)
-        p = gl.convert_layout(p.to(kind), weights)
-        acc = gl.zeros([ROWS, D], gl.float32, narrow)
-        for n in range(1, count):
-            before = slot
-            phase_before = ((step + n - 1) // STAGES) & 1
-            slot = (step + n) % STAGES
-            mbarrier.wait(k_full.index(slot), ((step + n) // STAGES) & 1)
-            running = warpgroup_mma(q, k_s.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), phase_before)
-            mixing = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, [running])
-            mbarrier.arrive(k_empty.index(slot))
-            highest = gl.maximum(m, gl.max(scores, 1) * scale)
-            coming = gl.exp2(scores * scale - highest[:, None])
-            decay = gl.exp2(m - highest)
-            sums = sums * decay + gl.sum(coming, 1)
-            m = highest
-            acc = warpgroup_mma_wait(0, [mixing])
-            mbarrier.arrive(v_empty.index(before))
-            acc = acc * gl.convert_layout(decay, out_row)[:, None]
-            p = gl.convert_layout(coming.to(kind), weights)
+        acc, sums = _attend(
+            q_s.index(HALF), k_s, v_s, k_full, k_empty, v_full, v_empty, step, count, last, q_offset + token, scale,
+            q_s.dtype, STAGES, D, wide, narrow,
+        )  # fmt: skip
         mbarrier.arrive(q_empty.index(HALF))
-        mbarrier.wait(v_full.index(slot), ((step + count - 1) // STAGES) & 1)
-        mixing = warpgroup_mma(p, v_s.index(slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [mixing])
-        mbarrier.arrive(v_empty.index(slot))
+        share = gl.where(listed > 0, 1.0 / sums, 0.0)
+        place = out_ptr + b.to(gl.int64) * stride_ob + h.to(gl.int64) * stride_oh
+        _write(place, acc * share[:, None], token, q_len, stride_ot, q_s.dtype, narrow)
         step += count
         turn += 1
-        out = (acc * gl.convert_layout(1.0 / sums, out_row)[:, None]).to(kind)
-        tokens = token + gl.arange(0, ROWS, out_row)
-        place = out_ptr + b.to(gl.int64) * stride_ob + h.to(gl.int64) * stride_oh
-        place = (
-            place
-            + tokens.to(gl.int64)[:, None] * stride_ot
-            + gl.arange(0, D, gl.SliceLayout(0, narrow))[None, :]
-        )
-        gl.store(place, out, mask=tokens[:, None] < q_len)
+
+
+@gluon.jit
+def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """`count` barriers that open after as many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
 
 
 @gluon.jit(do_not_specialize=["q_len", "q_offset", "longest", "tiles", "total"])
@@ -161,21 +187,9 @@ def forward(
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, SIDE, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, SIDE, D], v_desc.layout)
-    signal: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], signal)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], signal)
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    q_full, q_empty = _barriers(2, 1), _barriers(2, 1)
+    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
+    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     gl.warp_specialize(

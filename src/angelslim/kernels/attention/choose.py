@@ -7,10 +7,12 @@ dimensions, the block, and whether a compiler or Triton is there.
 from __future__ import annotations
 
 from ...base.errors import ConfigError, did_you_mean
-from . import dense, flex, triton_flash
+from . import dense, flex, hopper, triton_flash
 from .base import Case, Kernel
 
-KERNELS: dict[str, Kernel] = {module.KERNEL.name: module.KERNEL for module in (triton_flash, flex, dense)}
+KERNELS: dict[str, Kernel] = {
+    module.KERNEL.name: module.KERNEL for module in (hopper, triton_flash, flex, dense)
+}
 
 
 def choose(case: Case, wanted: str = "auto") -> tuple[Kernel, str]:

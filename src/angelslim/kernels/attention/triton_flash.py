@@ -23,31 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._flat import descriptor, flatten
 from .base import Case, Kernel, check
 from .blocks import BlockPlan
 
 LOG2E = 1.4426950408889634
+HOPPER_MEMORY = 227 * 1024
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a program is cut: queries and keys at once, warps, and how many loads are under way.
-
-    `copies`: keys and values come through the GPU's copy engine (TMA). `ahead`: one block's scores are computed before
-    the last one's values are added. `heads_first`: the heads of a group run side by side, and all rows of a group
-    before the next group. `specialize`: Triton divides the warps' work. `registers`: the most of a thread.
-    """
+    """How a program is cut: queries and keys at once, warps, and how many loads are under way."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    copies: bool = False
-    ahead: bool = False
-    heads_first: bool = True
-    specialize: bool = False
-    registers: int | None = None
 
     @classmethod
     def usual(cls, case: Case) -> Tiles:
@@ -57,7 +47,17 @@ class Tiles:
         if max(case.head_dim, case.value_dim) > 128:
             return cls(min(case.block_q, 64), min(case.block_k, 32), warps=4, stages=2)
         warps = 8 if max(case.head_dim, case.value_dim) > 64 else 4
+        if warps == 8 and _shared_memory(case.device) >= HOPPER_MEMORY:
+            return cls(min(case.block_q, 128), min(case.block_k, 128), warps, stages=3)
         return cls(min(case.block_q, 128), min(case.block_k, 64), warps=warps, stages=3)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """The bytes of fast memory that one program may take on a GPU."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 @functools.cache
@@ -95,30 +95,16 @@ def run(
         bounds[:, 0] = kv_start
     if kv_stop is not None:
         bounds[:, 1] = kv_stop
-    sources: list[Any] = [k, v]
-    steps: list[int] = [0] * 6
-    flats = [flatten(k), flatten(v)]
-    copies = tiles.copies and None not in flats
-    if copies:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        steps = []
-        for i, flat in enumerate(flats):
-            assert flat is not None
-            sources[i] = descriptor(TensorDescriptor, sources[i], flat, [tiles.keys, sources[i].shape[-1]])
-            steps += flat.steps
-    count = plan.rows * (plan.block_q // tiles.queries)
-    registers = {} if tiles.registers is None else {"maxnreg": tiles.registers}
-    _kernel()[(count * batch * heads,)](
-        q, *sources, out, num, idx, bounds,
+    parts = plan.block_q // tiles.queries
+    _kernel()[(plan.rows * parts, batch * heads)](
+        q, k, v, out, num, idx, bounds,
         scaling * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lists, *steps,
-        q_len, plan.q_offset, plan.idx.shape[-1], count, heads, GROUPS=heads // k.shape[1],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lists,
+        q_len, plan.q_offset, plan.idx.shape[-1], heads, heads // k.shape[1],
         BLOCK_Q=plan.block_q, BLOCK_K=plan.block_k, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys,
         D=head_dim, DV=v.shape[-1], DIAGONAL=plan.block_q // plan.block_k + 1, PADDED=padded,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        TMA=copies, AHEAD=tiles.ahead and not padded, HEADS_FIRST=tiles.heads_first, SPECIALIZE=tiles.specialize,
-        num_warps=tiles.warps, num_stages=tiles.stages, **registers,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,10 +21,11 @@ HOPPER = torch.cuda.is_available() and hopper.refuses(CASE) == ""
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A Hopper GPU and a Triton that works, as far as anything asks."""
-    answers: dict[str, object] = {"capability": (9, 0), "version": "3.6.0", "triton": object()}
+    answers: dict[str, object] = {"capability": (9, 0), "version": "3.6.0", "triton": object(), "doubt": ""}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: answers["capability"])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: answers["version"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: answers["triton"])
+    monkeypatch.setattr(hopper, "_doubt", lambda device: answers["doubt"])
     return answers
 
 
@@ -47,11 +49,33 @@ def test_other_cases_are_refused(gpu: dict[str, object], change: dict[str, objec
 
 @pytest.mark.parametrize(
     ("name", "answer", "word"),
-    [("capability", (10, 0), "capability"), ("version", "4.0.0", "4.0.0"), ("triton", None, "not installed")],
+    [
+        ("capability", (10, 0), "capability"),
+        ("version", "4.0.0", "4.0.0"),
+        ("triton", None, "not installed"),
+        ("doubt", "wrong", "wrong"),
+    ],
 )
 def test_other_places_are_refused(gpu: dict[str, object], name: str, answer: object, word: str) -> None:
     gpu[name] = answer
     assert word in hopper.refuses(CASE)
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, run: Callable[..., torch.Tensor]) -> str:
+    monkeypatch.setattr(hopper, "run", run)
+    hopper._doubt.cache_clear()
+    found = hopper._doubt(torch.device("cpu"))
+    hopper._doubt.cache_clear()
+    return found
+
+
+def test_a_build_that_fails_or_errs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("no such instruction")
+
+    assert outcome(monkeypatch, dense.run) == ""
+    assert "compile" in outcome(monkeypatch, broken)
+    assert "wrong" in outcome(monkeypatch, lambda *given, **named: dense.run(*given, **named) * 1.1)
 
 
 def tensors(length: int, room: int = 0, batch: int = 1) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,8 @@
 
 It computes the common case of prompts: blocks of 128, 16-bit queries, keys and values of head size 128, no padding. A call
 with padding, with an offset that is no whole block, or with tensors that do not lie in memory as the copy engine reads
-them goes to `triton_flash`. Gluon is an experimental part of Triton, so only versions it was tried with are used.
+them goes to `triton_flash`. Gluon is an experimental part of Triton, so only versions it was tried with are used, and the
+first call of a process compares a small case with the reference: what does not compile or agree is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_flash
+from . import dense, triton_flash
 from ._flat import Flat, descriptor, flatten
 from .base import Case, Kernel, check
 from .blocks import BlockPlan
@@ -110,6 +111,27 @@ def refuses(case: Case) -> str:
         return f"the Hopper kernel's head dimension is {WIDTH}"
     if (case.block_q, case.block_k) != (SIDE, SIDE):
         return f"the Hopper kernel's block is {SIDE}"
+    return _doubt(case.device)
+
+
+@functools.cache
+def _doubt(device: torch.device) -> str:
+    """Why a GPU's own build of the kernel is not used: it is compiled and tried once."""
+    drawn = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, 4 * SIDE, WIDTH, device=device, generator=drawn).bfloat16()
+        for heads in (4, 2, 2)
+    )
+    mask = torch.eye(4, dtype=torch.bool, device=device)
+    mask[2:, 0] = mask[3, 1] = True
+    plan = BlockPlan.from_mask(mask[None, None], block_q=SIDE, block_k=SIDE, q_offset=0, kv_len=4 * SIDE)
+    expected = dense.run(q.float(), k.float(), v.float(), plan, scaling=0.1)
+    try:
+        out = run(q, k, v, plan, scaling=0.1)
+    except Exception as error:  # an experimental compiler may raise anything
+        return f"the Hopper kernel does not compile here: {type(error).__name__}"
+    if not torch.allclose(out.float(), expected, rtol=1.6e-2, atol=1.6e-2):
+        return "the Hopper kernel's numbers are wrong here"
     return ""
 
 

@@ -34,7 +34,7 @@ from .models.experts import streamable
 from .models.loading import Source
 from .models.select import Choice, Layer, Selection, kept_stacks, select
 from .models.stacks import unstacked
-from .numerics.scheme import PRESETS, Scheme
+from .numerics.scheme import ANYWHERE, Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 # Switches that choose layers and formats, not algorithms.
@@ -222,7 +222,7 @@ def _alone(work: Sequence[Stage]) -> Stage:
     Transforms are shown every layer of the blocks, with a scheme that fits all of them and decides nothing.
     """
     name = "+".join(dict.fromkeys(stage.method for stage in work))
-    return Stage("transform", name, PRESETS["int8_dynamic"], {}, work[-1].ignore)
+    return Stage("transform", name, ANYWHERE, {}, work[-1].ignore)
 
 
 def _calibrates(stage: Stage, steps: Sequence[Blockwise]) -> bool:

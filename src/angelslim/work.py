@@ -172,8 +172,7 @@ def _prove(job: Job, workplace: Workplace, done: Done, stream: BlockStream) -> D
 
 
 def _try(job: Job, workplace: Workplace, plain: Mapping[str, float | None], stream: BlockStream) -> Verdict:
-    layers = job.selection.layers
-    settings = job.exporter.config({layer.name: layer.scheme for layer in layers}, [])
+    settings = job.exporter.config({layer.name: layer.scheme for layer in job.selection.layers}, [])
     return try_scales(
         job.source,
         QuantizedCheckpoint(workplace.units, job.exporter, settings, torch.float32),

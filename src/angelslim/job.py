@@ -160,9 +160,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         embeddings=quantization.quantize_embeddings,
         towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
     )
-    whole, source = source, unstacked(source)
-    if kept := kept_stacks(source, stage.scheme, choice):
-        source = unstacked(whole, kept)
+    source = _with_single_experts(source, stage.scheme, choice)
     for each in rewrites:
         source = REWRITES.get(each.method)(each.options).rewrite(source)
     selection = select(source, stage.scheme, choice)
@@ -171,11 +169,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     shown = () if rounds else selection.layers
     if rounds:
         _check_static(source, selection)
-        schemes = {layer.name: layer.scheme for layer in selection.layers}
-        shapes = {layer.name: layer.shape for layer in selection.layers}
-        format_name, exporter = choose(schemes, quantization.format, shapes)
-        layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
-        selection = replace(selection, layers=tuple(layers))
+        format_name, exporter, selection = _formatted(selection, quantization.format)
     else:
         format_name, exporter = "dense", DENSE
         selection = Selection((), selection.skipped | dict.fromkeys((x.name for x in shown), "not asked for"))
@@ -195,6 +189,21 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         units=units_of(source),
         shown=shown,
     )
+
+
+def _with_single_experts(source: Source, scheme: Scheme, choice: Choice) -> Source:
+    """Return a source that reads stacked experts one by one, but for the stacks of which none is quantized."""
+    single = unstacked(source)
+    kept = kept_stacks(single, scheme, choice)
+    return unstacked(source, kept) if kept else single
+
+
+def _formatted(selection: Selection, wanted: str) -> tuple[str, Exporter, Selection]:
+    """Choose the format that holds the schemes, and give each layer its scheme as that format stores it."""
+    schemes = {layer.name: layer.scheme for layer in selection.layers}
+    name, exporter = choose(schemes, wanted, {layer.name: layer.shape for layer in selection.layers})
+    layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
+    return name, exporter, replace(selection, layers=tuple(layers))
 
 
 def _rounding(work: Sequence[Stage]) -> Stage:

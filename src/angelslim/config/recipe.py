@@ -17,11 +17,12 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from ..base.errors import ConfigError, did_you_mean
-from . import upstream
 from .files import parse_yaml, plain, read_yaml, write_yaml
 from .keys import suggestion, unknown_keys, value_problems
+from .remarks import remarks
 from .schema import CONFIGS, AnyConfig, Dialect, dialect_of, names_of
 from .slips import mend
+from .upstream import METHODS
 
 OVERRIDE = "override"
 _BASES = ("base", "qat_base", "sparse_base")  # what the recipes extend; nothing to run by themselves
@@ -90,7 +91,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         _apply(raw, override, sources)
     dialect = dialect_of(raw) or _nearest_dialect(raw)
     config = _check(raw, dialect, sources, where)
-    warnings += upstream.remarks(config)
+    warnings += remarks(config)
     return Resolved(config, dialect, _provenance(config, raw, sources), warnings, raw)
 
 
@@ -105,7 +106,7 @@ def _locate(name: str, folder: Path) -> tuple[Path, str]:
     plain_name = name.replace("-", "_")
     if plain_name in {*recipes(), *_BASES}:
         return _recipe_folder() / f"{plain_name}.yaml", f"recipe {plain_name}"
-    if plain_name in upstream.METHODS:
+    if plain_name in METHODS:
         fix = "Recipes: " + ", ".join(recipes()) + "."
         raise ConfigError(f"The method {name!r} has no recipe.", fix=f"Give it in a YAML file. {fix}")
     fix = did_you_mean(plain_name, recipes())

@@ -67,7 +67,10 @@ def test_an_expert_that_is_never_chosen_is_rounded_well_and_named(recipe, tmp_pa
     model.model.embed_tokens.weight.data[:, 0] = 40.0  # every token is far out in this direction,
     for projection in (first.self_attn.v_proj, first.self_attn.o_proj):
         projection.weight.data.mul_(0.01)
-    first.mlp.gate.weight.data[:3, 0], first.mlp.gate.weight.data[3, 0] = 1.0, -9.0  # and expert 3 dislikes it
+    first.mlp.gate.weight.data[:3, 0], first.mlp.gate.weight.data[3, 0] = (
+        1.0,
+        -9.0,
+    )  # and expert 3 dislikes it
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     result = angelslim.compress(tmp_path / "model", recipe, out=tmp_path / "out", **SMALL)

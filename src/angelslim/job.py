@@ -34,7 +34,7 @@ from .models.experts import streamable
 from .models.loading import Source
 from .models.select import Choice, Layer, Selection, kept_stacks, select
 from .models.stacks import unstacked
-from .numerics.scheme import PRESETS, Scheme
+from .numerics.scheme import FORMATS, PER_CHANNEL, Quant, Scheme
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 # Switches that choose layers and formats, not algorithms.
@@ -152,17 +152,8 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     sections = (each.quantization for each in config.compression if each.quantization)
     quantization = next(sections, None) or Quantization()
     _check_inputs(config)
-    source = _open(reference, config)
-    choice = Choice(
-        ignore=stage.ignore,
-        overrides=stage.overrides,
-        head=quantization.quantize_lm_head,
-        embeddings=quantization.quantize_embeddings,
-        towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
-    )
-    whole, source = source, unstacked(source)
-    if kept := kept_stacks(source, stage.scheme, choice):
-        source = unstacked(whole, kept)
+    choice = _choice(stage, quantization)
+    source = _with_experts(_open(reference, config), stage.scheme, choice)
     for each in rewrites:
         source = REWRITES.get(each.method)(each.options).rewrite(source)
     selection = select(source, stage.scheme, choice)
@@ -171,11 +162,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     shown = () if rounds else selection.layers
     if rounds:
         _check_static(source, selection)
-        schemes = {layer.name: layer.scheme for layer in selection.layers}
-        shapes = {layer.name: layer.shape for layer in selection.layers}
-        format_name, exporter = choose(schemes, quantization.format, shapes)
-        layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
-        selection = replace(selection, layers=tuple(layers))
+        format_name, exporter, selection = _formatted(selection, quantization.format)
     else:
         format_name, exporter = "dense", DENSE
         selection = Selection((), selection.skipped | dict.fromkeys((x.name for x in shown), "not asked for"))
@@ -195,6 +182,33 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         units=units_of(source),
         shown=shown,
     )
+
+
+def _choice(stage: Stage, quantization: Quantization) -> Choice:
+    """Return which layers the recipe asks for."""
+    return Choice(
+        ignore=stage.ignore,
+        overrides=stage.overrides,
+        head=quantization.quantize_lm_head,
+        embeddings=quantization.quantize_embeddings,
+        towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
+    )
+
+
+def _with_experts(source: Source, scheme: Scheme, choice: Choice) -> Source:
+    """Return the model with stacked experts as single matrices, but for stacks of which nothing is quantized."""
+    single = unstacked(source)
+    kept = kept_stacks(single, scheme, choice)
+    return unstacked(source, kept) if kept else single
+
+
+def _formatted(selection: Selection, wanted: str) -> tuple[str, Exporter, Selection]:
+    """Return the format to write, and the layers with scales as it keeps them."""
+    schemes = {layer.name: layer.scheme for layer in selection.layers}
+    shapes = {layer.name: layer.shape for layer in selection.layers}
+    name, exporter = choose(schemes, wanted, shapes)
+    layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
+    return name, exporter, replace(selection, layers=tuple(layers))
 
 
 def _rounding(work: Sequence[Stage]) -> Stage:
@@ -222,7 +236,7 @@ def _alone(work: Sequence[Stage]) -> Stage:
     Transforms are shown every layer of the blocks, with a scheme that fits all of them and decides nothing.
     """
     name = "+".join(dict.fromkeys(stage.method for stage in work))
-    return Stage("transform", name, PRESETS["int8_dynamic"], {}, work[-1].ignore)
+    return Stage("transform", name, Scheme(Quant(FORMATS["int8"], PER_CHANNEL)), {}, work[-1].ignore)
 
 
 def _calibrates(stage: Stage, steps: Sequence[Blockwise]) -> bool:
@@ -265,6 +279,8 @@ def _check_inputs(config: Config) -> None:
 def _check_static(source: Source, selection: Selection) -> None:
     """Refuse static activation scales where the calibration has no input to look at."""
     static = [layer for layer in selection.layers if layer.scheme.needs_data]
+    if not static:  # what follows takes the network, which a run without data can do without
+        return
     outside = [layer.name for layer in static if layer.block is None]
     if outside:
         raise SchemeError(

@@ -5,9 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from angelslim.base.errors import ConfigError, ResourceError, SchemeError
-from angelslim.plan import activation_bytes, check_disk, disk_needed, estimate, peak_memory
+from angelslim.plan import (
+    LIBRARIES,
+    WITHOUT_NETWORK,
+    activation_bytes,
+    check_disk,
+    disk_needed,
+    estimate,
+    peak_memory,
+)
+from families import FAMILIES, random_model
 from tiny import job_for, save_qwen3
 
 
@@ -79,3 +89,34 @@ def test_disk_is_checked_where_the_output_will_lie(tiny_folder, tmp_path, monkey
     with pytest.raises(ResourceError, match=r"needs .* GB on the disk of .* free"):
         check_disk(job_for(tiny_folder, "fp8_dynamic"), tmp_path / "not" / "there" / "yet")
     assert asked == [tmp_path]
+
+
+def test_a_mixture_needs_the_memory_of_one_expert_however_it_is_stored(tmp_path):
+    """Twice the experts add their results and what travels, not their weights or what rounding one takes."""
+    data = ("dataset.num_samples=4", "dataset.max_seq_length=32")
+    sizes = {"vocab_size": 272, "hidden_size": 256, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    peaks = {}
+    for experts in (8, 16):
+        folder = tmp_path / str(experts)
+        random_model("qwen3_moe", torch.bfloat16, num_experts=experts, **sizes).save_pretrained(folder)
+        peaks[experts] = peak_memory(job_for(folder, "fp8_static", *data))
+    one = 3 * 256 * 256  # parameters of an expert, and its bytes in FP8
+    scales = 3 * 4 * 8
+    routers = 2 * 256 * 8
+    assert peaks[16] - peaks[8] == pytest.approx(8 * one + scales + routers, abs=2000)
+    stored = tmp_path / "stacks"
+    text = {**FAMILIES["qwen3_vl_moe"]["text_config"], **sizes, "num_experts": 8}
+    changes = {
+        "text_config": text,
+        "vision_config": {**FAMILIES["qwen3_vl_moe"]["vision_config"], "out_hidden_size": 256},
+    }
+    random_model("qwen3_vl_moe", torch.bfloat16, **changes).save_pretrained(stored)
+    assert peak_memory(job_for(stored, "fp8_static", *data)) == pytest.approx(peaks[8], rel=0.02)
+
+
+def test_a_run_without_data_on_a_remembered_model_loads_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANGELSLIM_CACHE", str(tmp_path / "cache"))
+    folder = save_qwen3(tmp_path / "model")
+    known = peak_memory(job_for(folder, "int8_dynamic"))
+    monkeypatch.setenv("ANGELSLIM_CACHE", "")
+    assert peak_memory(job_for(folder, "int8_dynamic")) - known == LIBRARIES - WITHOUT_NETWORK

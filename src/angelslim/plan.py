@@ -19,13 +19,15 @@ from .base.errors import ResourceError
 from .job import Job, Unit
 from .models.experts import streamable
 from .models.loading import Source
+from .models.outline import file_of
 from .models.select import Layer, groups_by_linear
 from .models.structure import Group
 from .numerics.error import error_of
 from .numerics.quantize import quantize, scale_type, tile_of
 from .numerics.scales import SCALE_BITS
 
-LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers before any work
+LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
+WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 
 
@@ -128,7 +130,14 @@ def peak_memory(job: Job) -> int:
     worst = max(_unit_memory(job, unit) for unit in job.units)
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
     mixture = any(job.calibrates and streamable(job.source, block) for block in job.source.structure.blocks)
-    return LIBRARIES + worst + activations + (2 * activation_bytes(job) if mixture else 0)
+    libraries = LIBRARIES if job.calibrates or job.rewrites or not _remembers(job) else WITHOUT_NETWORK
+    return libraries + worst + activations + (2 * activation_bytes(job) if mixture else 0)
+
+
+def _remembers(job: Job) -> bool:
+    """Say whether the structure is in the user's cache, under the names that the result is opened by at the end."""
+    file = file_of(job.source.config, job.source.checkpoint)
+    return file is not None and file.is_file()
 
 
 def _unit_memory(job: Job, unit: Unit) -> int:

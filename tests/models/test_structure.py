@@ -159,6 +159,7 @@ def test_head_towers_and_experts(family):
             4,
             ("gate_up_proj", "down_proj"),
             sorted=llama_4,
+            plain=family != "gpt_oss",
         )
         for block in FUSED_EXPERTS.get(family, ())
     )

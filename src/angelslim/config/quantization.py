@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from ..base.errors import ConfigError
 from ..numerics.scheme import ScaleKind
 from .fields import Count, GrainName, Int, Ints, Number, Section, Share, Word, Words
 
@@ -145,3 +146,14 @@ def compiled(entries: list[str]) -> list[str]:
             except re.error as error:
                 raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
     return entries
+
+
+def refuse_judges(section: Quantization, where: str) -> None:
+    """Refuse transforms that choose their scales by what rounding loses where nothing is rounded."""
+    searches = "smooth" in section.quant_helpers and section.smooth_alpha == "search"
+    if searches or "awq" in section.quant_helpers:
+        what = "smooth_alpha: search" if searches else "awq"
+        raise ConfigError(
+            f"{what} chooses scales by what rounding loses, and {where} names no quantization.",
+            fix=f"Set {where}.name, or use the helper smooth with a number for smooth_alpha.",
+        )

@@ -17,8 +17,15 @@ from ..base.errors import ConfigError
 from ..numerics.scheme import PRESETS, Scheme
 from . import quantizers, schemes
 from .flat import FlatConfig
+<<<<<<< HEAD
 from .quantization import Quantization
 from .schema import AnyConfig, Compression, PruningConfig, Transform
+=======
+from .pruning import KNOWN_STRATEGIES
+from .quantization import Quantization, refuse_judges
+from .schema import AnyConfig, Compression, Config, PruningConfig, Transform
+from .sparsity import KNOWN_PATTERNS
+>>>>>>> ptq-gaps
 from .training import QAD, QAT, SpecialQuantizer
 
 T = TypeVar("T")
@@ -119,19 +126,17 @@ def stages(config: AnyConfig) -> list[Stage]:
 def _compression(stage: Compression, where: str, transformed: bool) -> Iterator[Stage]:
     name: str | None = stage.name or _inferred(stage)
     if name is None:
-        fix = f"Add one of the sections {', '.join(dict.fromkeys(_SECTION_OF.values()))}."
-        raise ConfigError("The stage has no method.", where=where, fix=fix)
+        sections = ", ".join(dict.fromkeys(_SECTION_OF.values()))
+        raise ConfigError("The stage has no method.", where=where, fix=f"Add one of the sections {sections}.")
     if stage.calibrate is not None:
         yield Stage("calibrate", stage.calibrate.backend or "vllm", None, stage.calibrate.given())
     if name in ("PTQ", "PTQWeightOnly"):
-        asked = stage.quantization
-        rounds = asked is not None and bool(asked.name or asked.scheme)
-        if not rounds and (transformed or (asked and asked.quant_helpers)):
-            if asked is not None:  # a transform alone is a run too
-                _refuse_judges(asked, f"{where}.quantization")
-                yield from _helpers(asked, asked.quant_helpers)
-            return
-        yield from _ptq(_need(asked, where, name), f"{where}.quantization")
+        asked = stage.quantization or (Quantization() if transformed else _need(None, where, name))
+        if not (asked.name or asked.scheme) and (transformed or asked.quant_helpers):
+            refuse_judges(asked, f"{where}.quantization")  # a transform alone is a run too
+            yield from _helpers(asked, asked.quant_helpers)
+        else:
+            yield from _ptq(asked, f"{where}.quantization")
     elif name == "QAT":
         yield _trained(stage.qat or QAT(), stage.quantization, f"{where}.quantization")
     elif name == "QAD":
@@ -201,17 +206,6 @@ def _helpers(section: Quantization, names: Iterable[str]) -> Iterator[Stage]:
         yield Stage("transform", helper, None, _helper_options(helper, section), ignored_layers(section))
 
 
-def _refuse_judges(section: Quantization, where: str) -> None:
-    """Refuse transforms that choose their scales by what rounding loses where nothing is rounded."""
-    searches = "smooth" in section.quant_helpers and section.smooth_alpha == "search"
-    if searches or "awq" in section.quant_helpers:
-        what = "smooth_alpha: search" if searches else "awq"
-        raise ConfigError(
-            f"{what} chooses scales by what rounding loses, and {where} names no quantization.",
-            fix=f"Set {where}.name, or use the helper smooth with a number for smooth_alpha.",
-        )
-
-
 def _helper_options(helper: str, section: Quantization) -> dict[str, object]:
     if helper == "smooth":
         return {"alpha": 0.5 if section.smooth_alpha is None else section.smooth_alpha}
@@ -268,13 +262,8 @@ _BLOCK_WORDS = {  # of block_wise_config -> the method's options
     "wd": "weight_decay",
     "val_size": "val_size",
 }
-_BLOCK_SILENT = (
-    "training_mode",
-    "plugin_config",
-    "block_wise_config",
-    "do_train",
-    "hf_dataset",
-    "hf_cache_dir",
+_BLOCK_SILENT = frozenset(
+    ["training_mode", "plugin_config", "block_wise_config", "do_train", "hf_dataset", "hf_cache_dir"]
 )
 
 

@@ -25,7 +25,7 @@ from ..numerics.scheme import Quant
 from .checkpoint import Checkpoint, TensorInfo
 from .loading import Source
 from .outline import Outline, Target
-from .rules import PARTS, pattern_of, splittable, transposed
+from .rules import PARTS, pattern_of, transposed
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,11 @@ def _parts_of(source: Source, tensor: str) -> Iterator[tuple[str, Part]]:
     both = [f"{head}.{name}" for name in PARTS]
     if leaf != parameter or leaf not in PARTS or not all(name in infos for name in both):
         return
-    if not head.endswith("experts") or all(experts.path != path for experts in source.structure.experts):
+    known = next((experts for experts in source.structure.experts if experts.path == path), None)
+    if not head.endswith("experts") or known is None or not known.plain:
         return
     way = transposed(*(infos[name].shape for name in both))
-    if way is None or not splittable(source.model.get_submodule(path)):
+    if way is None:
         return
     count = len(PARTS[leaf])
     for expert in range(infos[tensor].shape[0]):

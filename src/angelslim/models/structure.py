@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from .exceptions import exceptions_of
+from .rules import splittable
 
 PROBE_TOKENS = 8
 PROBE = "angelslim_probe"
@@ -46,13 +47,15 @@ class Group:
 class Experts:
     """A fused expert module: `weights` are its 3-D parameters, first dimension the expert.
 
-    `sorted` ones are called with the tokens of one expert after those of another, not with the router's choice.
+    `sorted` ones are called with the tokens of one expert after those of another, not with the router's choice. `plain`
+    ones are a gate above an up projection and a down projection, and nothing else.
     """
 
     path: str
     count: int
     weights: tuple[str, ...]
     sorted: bool = False
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def find_experts(model: nn.Module) -> Iterator[Experts]:
         stacks = {key: value for key, value in module.named_parameters(recurse=False) if value.dim() == 3}
         counts = Counter(value.shape[0] for value in stacks.values())
         if len(stacks) >= 2 and len(counts) == 1 and not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            yield Experts(name, next(iter(counts)), tuple(stacks))
+            yield Experts(name, next(iter(counts)), tuple(stacks), plain=splittable(module))
 
 
 def _with_sorted(

@@ -34,11 +34,7 @@ from .models.experts import streamable
 from .models.loading import Source
 from .models.select import Choice, Layer, Selection, kept_stacks, select
 from .models.stacks import unstacked
-<<<<<<< HEAD
-from .numerics.scheme import ANYWHERE, Scheme
-=======
 from .numerics.scheme import FORMATS, PER_CHANNEL, Quant, Scheme
->>>>>>> ptq-gaps
 
 KEPT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*")  # copied beside the weights
 # Switches that choose layers and formats, not algorithms.
@@ -156,20 +152,8 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     sections = (each.quantization for each in config.compression if each.quantization)
     quantization = next(sections, None) or Quantization()
     _check_inputs(config)
-<<<<<<< HEAD
-    source = _open(reference, config)
-    choice = Choice(
-        ignore=stage.ignore,
-        overrides=stage.overrides,
-        head=quantization.quantize_lm_head,
-        embeddings=quantization.quantize_embeddings,
-        towers=frozenset(("vision", "projector", "audio") if quantization.quant_vit else ()),
-    )
-    source = _with_single_experts(source, stage.scheme, choice)
-=======
     choice = _choice(stage, quantization)
     source = _with_experts(_open(reference, config), stage.scheme, choice)
->>>>>>> ptq-gaps
     for each in rewrites:
         source = REWRITES.get(each.method)(each.options).rewrite(source)
     selection = select(source, stage.scheme, choice)
@@ -200,10 +184,6 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     )
 
 
-<<<<<<< HEAD
-def _with_single_experts(source: Source, scheme: Scheme, choice: Choice) -> Source:
-    """Return a source that reads stacked experts one by one, but for the stacks of which none is quantized."""
-=======
 def _choice(stage: Stage, quantization: Quantization) -> Choice:
     """Return which layers the recipe asks for."""
     return Choice(
@@ -217,23 +197,16 @@ def _choice(stage: Stage, quantization: Quantization) -> Choice:
 
 def _with_experts(source: Source, scheme: Scheme, choice: Choice) -> Source:
     """Return the model with stacked experts as single matrices, but for stacks of which nothing is quantized."""
->>>>>>> ptq-gaps
     single = unstacked(source)
     kept = kept_stacks(single, scheme, choice)
     return unstacked(source, kept) if kept else single
 
 
 def _formatted(selection: Selection, wanted: str) -> tuple[str, Exporter, Selection]:
-<<<<<<< HEAD
-    """Choose the format that holds the schemes, and give each layer its scheme as that format stores it."""
-    schemes = {layer.name: layer.scheme for layer in selection.layers}
-    name, exporter = choose(schemes, wanted, {layer.name: layer.shape for layer in selection.layers})
-=======
     """Return the format to write, and the layers with scales as it keeps them."""
     schemes = {layer.name: layer.scheme for layer in selection.layers}
     shapes = {layer.name: layer.shape for layer in selection.layers}
     name, exporter = choose(schemes, wanted, shapes)
->>>>>>> ptq-gaps
     layers = (replace(layer, scheme=exporter.stored(layer.scheme)) for layer in selection.layers)
     return name, exporter, replace(selection, layers=tuple(layers))
 
@@ -263,11 +236,7 @@ def _alone(work: Sequence[Stage]) -> Stage:
     Transforms are shown every layer of the blocks, with a scheme that fits all of them and decides nothing.
     """
     name = "+".join(dict.fromkeys(stage.method for stage in work))
-<<<<<<< HEAD
-    return Stage("transform", name, ANYWHERE, {}, work[-1].ignore)
-=======
     return Stage("transform", name, Scheme(Quant(FORMATS["int8"], PER_CHANNEL)), {}, work[-1].ignore)
->>>>>>> ptq-gaps
 
 
 def _calibrates(stage: Stage, steps: Sequence[Blockwise]) -> bool:

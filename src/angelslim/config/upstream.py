@@ -17,15 +17,8 @@ from ..base.errors import ConfigError
 from ..numerics.scheme import PRESETS, Scheme
 from . import quantizers, schemes
 from .flat import FlatConfig
-<<<<<<< HEAD
-from .quantization import Quantization
-from .schema import AnyConfig, Compression, PruningConfig, Transform
-=======
-from .pruning import KNOWN_STRATEGIES
 from .quantization import Quantization, refuse_judges
-from .schema import AnyConfig, Compression, Config, PruningConfig, Transform
-from .sparsity import KNOWN_PATTERNS
->>>>>>> ptq-gaps
+from .schema import AnyConfig, Compression, PruningConfig, Transform
 from .training import QAD, QAT, SpecialQuantizer
 
 T = TypeVar("T")

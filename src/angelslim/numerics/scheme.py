@@ -207,7 +207,6 @@ PRESETS: dict[str, Scheme] = {
     "q4_0": Scheme(Quant(_INT4, per_group(32), scale="float16")),
     "q8_0": Scheme(Quant(_INT8, per_group(32), scale="float16")),
 }
-ANYWHERE = PRESETS["int8_dynamic"]  # a scheme that fits weights of every shape
 
 
 def with_group(scheme: Scheme, size: int) -> Scheme:

@@ -134,7 +134,7 @@ def traced(method: str, density: float, length: int) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         select(q, k, v, ctx)
         torch.cuda.synchronize()
-    kernels = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in trace.events() if str(e.device_type).endswith("CUDA")]
     by_name: dict[str, list[float]] = {}
     for event in kernels:
         by_name.setdefault(event.name[:90], []).append(event.device_time)

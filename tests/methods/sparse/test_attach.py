@@ -142,7 +142,7 @@ def test_the_compiled_kernel_in_a_model() -> None:
         expected = logits(model, prompt)
     with attach(model, some_blocks, Settings(block=16, crossover=16)) as attached:
         torch.testing.assert_close(logits(model, prompt), expected, rtol=1e-4, atol=1e-4)
-    assert attached.stats[0].row()["kernels"] in ({"flex": 1}, {"triton": 1})
+    assert attached.stats[0].row()["kernels"] in ({"flex": 1}, {"triton": 1}, {"hopper": 1})
 
 
 def test_settings_for_layers_and_heads_arrive() -> None:
@@ -236,11 +236,11 @@ def test_images_that_see_all_of_themselves_stay_exact() -> None:
 
 
 def test_no_kernel_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("triton", "flex"):
+    for name in ("hopper", "triton", "flex"):
         missing = replace(KERNELS[name], refuses=lambda case, name=name: f"no {name}")
         monkeypatch.setitem(KERNELS, name, missing)
     found = reasons(random_model("qwen3"), Settings(block=16, crossover=16))
-    assert found == {"no sparse kernel: no triton; no flex"}
+    assert found == {"no sparse kernel: no hopper; no triton; no flex"}
 
 
 def test_softcaps_stay_with_the_models_own_attention() -> None:

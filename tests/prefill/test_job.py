@@ -104,7 +104,7 @@ def test_head_patterns_of_another_model(model: Path, tmp_path: Path) -> None:
 
 
 def test_no_kernel_and_other_stages(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from angelslim.kernels.attention import flex, triton_flash
+    from angelslim.kernels.attention import flex, hopper, triton_flash
 
     def refuses(module: Any) -> Any:
         return module.KERNEL.__class__(
@@ -115,6 +115,7 @@ def test_no_kernel_and_other_stages(model: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setitem(choose.KERNELS, "flex", refuses(flex))
     monkeypatch.setitem(choose.KERNELS, "triton", refuses(triton_flash))
+    monkeypatch.setitem(choose.KERNELS, "hopper", refuses(hopper))
     with pytest.raises(ResourceError, match="No sparse kernel runs here: not on this machine"):
         prepared(model, kernel="auto")
     assert prepared(model, kernel="auto", allow_pseudo_sparse=True).metadata.kernel == "dense"

@@ -1,10 +1,12 @@
 """What makes sparse prefill fast on this GPU: cuts of the kernels, and where a selector's time goes.
 
     python benchmarks/sparse_tune.py                      one GPU, under three minutes
+    python benchmarks/sparse_tune.py --parts selection    half a minute
 
 Each candidate is first compiled and compared with the dense masked reference in a process of its own, many at once, so
 that one that crashes or hangs costs nothing but itself. Those that agree are timed at density .10, one layer of
-Qwen3-8B's shape. Selectors are traced: their kernels by time, and how many they launch.
+Qwen3-8B's shape. Cuts of the program that sums up union's cells are timed too. Selectors are traced: their kernels by
+time, and how many they launch. A part that is not measured keeps its figures in the results file.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch import Tensor
 
 from angelslim.kernels.attention import dense, hopper, triton_flash
 from angelslim.kernels.attention.triton_flash import Tiles
+from angelslim.kernels.selection import fused
 from common import RESULTS
-from sparse_speed import context, dense_candidates, flops, inputs, milliseconds, random_plan
+from sparse_speed import BLOCK, context, dense_candidates, flops, inputs, milliseconds, random_plan
 
 LENGTHS = (32768, 131072)
 SMALL = 2048
@@ -40,6 +43,8 @@ CUTS = {
 }  # fmt: skip
 HOPPER = {"hopper 2": 2, "hopper 3": 3}
 TRACED = (("union", 0.1), ("stem", 0.1))
+CELL_CUTS = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+             (128, 128, 8, 2))  # fmt: skip
 LIMIT, HOPPER_LIMIT = 100, 45  # seconds of one candidate's process
 
 
@@ -144,30 +149,43 @@ def traced(method: str, density: float, length: int) -> dict[str, Any]:
     return {"ms": ms, "busy_ms": busy, "launches": len(kernels), "longest": table}
 
 
-def main() -> None:
-    """Measure everything; what fails is recorded."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--alone", help="one candidate, for this script's own processes")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--only", default="", help="candidates whose names begin so")
-    given = parser.parse_args()
-    if given.alone:
-        print(json.dumps(alone(given.alone)), flush=True)
-        return
-    book: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    names = [name for name in CUTS if name.startswith(given.only)]
+def cell_cuts(length: int) -> dict[str, Any]:
+    """Milliseconds of each cut of the program over cells."""
+    from angelslim.methods.sparse.selectors.union import cells_for
+
+    (q, k, _), found = inputs(length, torch.device("cuda")), {}
+    cells = cells_for(BLOCK, length)
+    for numbers in CELL_CUTS:
+        once = functools.partial(
+            fused.cell_masses, q, k, cells, 0, BLOCK, q.shape[3] ** -0.5, fused.Cut(*numbers)
+        )
+        try:
+            once()
+            found[str(numbers)] = statistics.median(milliseconds(once, q.device) for _ in range(9))
+        except Exception as error:  # noqa: BLE001  a cut may not fit
+            found[str(numbers)] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
+def kernels_part(book: dict[str, Any], only: str) -> None:
+    """Cuts of the attention kernels."""
+    names = [name for name in CUTS if name.startswith(only)]
     book["checked"] = apart(names, LIMIT)
     for name in HOPPER:
-        if name.startswith(given.only):
+        if name.startswith(only):
             book["checked"] |= apart([name], HOPPER_LIMIT)
     book["dense_ms"] = dense_times()
     print(book["dense_ms"], flush=True)
     for name in [name for name in names if "error" not in book["checked"][name]]:
         book["checked"][name] |= timed(name)
         print(name, {key: book["checked"][name][str(key)] for key in LENGTHS}, flush=True)
+
+
+def selection_part(book: dict[str, Any]) -> None:
+    """Cuts and traces of selection."""
     for length in LENGTHS:
+        book[f"cells, {length}"] = cell_cuts(length)
+        print("cells", length, json.dumps(book[f"cells, {length}"]), flush=True)
         for method, density in TRACED:
             try:
                 found = traced(method, density, length)
@@ -175,8 +193,30 @@ def main() -> None:
                 found = {"error": traceback.format_exc()}
             book[f"{method}, {length}"] = found
             print(method, length, json.dumps(found, indent=1), flush=True)
+
+
+def main() -> None:
+    """Measure everything; what fails is recorded."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--alone", help="one candidate, for this script's own processes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--parts", default="kernels,selection", help="what to measure")
+    parser.add_argument("--only", default="", help="candidates whose names begin so")
+    given = parser.parse_args()
+    if given.alone:
+        print(json.dumps(alone(given.alone)), flush=True)
+        return
+    path = given.out / "sparse_tune.json"
+    book: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    book |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if "kernels" in given.parts:
+        kernels_part(book, given.only)
+    if "selection" in given.parts:
+        selection_part(book)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "sparse_tune.json").write_text(json.dumps(book, indent=1) + "\n")
+    path.write_text(json.dumps(book, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_the_rest_goes_to_the_triton_kernel(why: str, monkeypatch: pytest.Monkey
 if HOPPER:
 
     @pytest.mark.parametrize(
-        ("length", "offset", "batch"), [(1024, 0, 1), (1000, 0, 2), (1100, 256, 1), (70, 0, 1)]
+        ("length", "offset", "batch"), [(1024, 0, 1), (1000, 0, 2), (1100, 256, 1), (70, 0, 1), (6200, 0, 1)]
     )
     def test_it_is_attention_over_the_listed_tokens(length: int, offset: int, batch: int) -> None:
         q, k, v = (x.cuda() for x in tensors(length, batch=batch))

@@ -78,6 +78,14 @@ if importlib.util.find_spec("triton") is not None:
         monkeypatch.setattr(fused, "refuses", lambda *a: "not now")
         same(found, select(q, k, v, ctx))
 
+    def test_fewer_programs_join_as_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+        q, k, _ = inputs(20 * BLOCK, 0, batch=2)
+        many = fused.last_lines(q, k, 16, BLOCK, 0.3)
+        monkeypatch.setattr(fused, "JOINERS", 1)
+        for one, other in zip(fused.last_lines(q, k, 16, BLOCK, 0.3), many, strict=True):
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(many.shares.sum(-1), many.mean)
+
     def test_ties_are_broken_and_lists_end_in_zeros() -> None:
         score = torch.zeros(1, 1, 6, 6, device=DEVICE)
         score[..., 3] = -1.0
@@ -95,6 +103,25 @@ if importlib.util.find_spec("triton") is not None:
         )
         mask = plan.to_mask()
         assert mask[:, :, 7].all() and mask[:, :, 1:, :2].all() and mask[0, :, 5, 4:6].all()
+
+
+if GPU:
+
+    @pytest.mark.parametrize("method", ["stem", "union"])
+    def test_in_16_bits_nearly_all_blocks_are_those_of_the_pytorch_code(
+        method: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(1, 4096, heads, 128, device=DEVICE).bfloat16().transpose(1, 2) for heads in (8, 2, 2)
+        )
+        ctx = Context(18, 36, 128**-0.5, 0, 4096, 128)
+        select = SELECTORS.get(method)({"density": 0.3}).select
+        one = select(q, k, v, ctx).to_mask()
+        monkeypatch.setattr(fused, "refuses", lambda *a: "not now")
+        other = select(q, k, v, ctx).to_mask()
+        assert one.sum() == other.sum()
+        assert (one & other).sum() > 0.95 * one.sum()
 
 
 def test_it_says_what_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

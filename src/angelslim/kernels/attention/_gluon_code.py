@@ -1,14 +1,14 @@
 """The Hopper program of `hopper`, apart because importing it needs Triton with its Gluon language.
 
-One program a multiprocessor walks tiles of 128 queries. Three groups of warps share it: a single warp that copies keys
-and values into a ring of slots in shared memory, and two groups that compute 64 queries each. They meet only at
-barriers: *full* ones say that a slot has come, *empty* ones that both readers are done with it. While the tensor cores
+One program a multiprocessor walks tiles of 128 queries, taking the next one from a counter that all programs share: rows'
+lists differ in length, and who is done first goes on. Three groups of warps share a program: a single warp that takes tiles
+and copies keys and values into a ring of slots in shared memory, and two groups that compute 64 queries each. They meet
+only at barriers: *full* ones say that a slot has come, *empty* ones that both readers are done with it. While the tensor cores
 multiply one block's weights by its values, the same warps take the next block's exponentials (FlashAttention-3, arXiv
 2407.08608).
 """
 
 # mypy: ignore-errors
-# ruff: noqa: SIM113
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -33,23 +33,40 @@ def _place(program, tiles, heads, GROUPS: gl.constexpr):
 
 
 @gluon.jit
+def _announce(tile_s, q_empty, turn, program, HALF: gl.constexpr):
+    """Tell a group of warps its next tile, once it is done with its queries; what follows at `q_full` publishes it."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(q_empty.index(HALF), (turn & 1) ^ 1)
+    tile_s.index(HALF).store(gl.full([1], program, gl.int32, one))
+
+
+@gluon.jit
+def _next(tile_s, q_full, turn, HALF: gl.constexpr):
+    """The tile that was announced; its queries have come."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(q_full.index(HALF), turn & 1)
+    return gl.max(tile_s.index(HALF).load(one), 0)
+
+
+@gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
+    q_desc, k_desc, v_desc, num_ptr, idx_ptr, counter_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
     q_row_b, q_row_h, q_column_h, k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h,
-    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy each tile's queries, and its keys and values block by block, as soon as there is a free slot."""
     step = 0
     turn = 0
-    for program in range(gl.program_id(0), total, gl.num_programs(0)):
+    program = gl.program_id(0)
+    while program < total:
         b, h, row = _place(program, tiles, heads, GROUPS)
         group = h // GROUPS
         lists = b.to(gl.int64) * stride_nb + h.to(gl.int64) * stride_nh + row
         count = gl.maximum(gl.load(num_ptr + lists), 1)
         place = idx_ptr + lists * longest
         for half in gl.static_range(2):
-            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+            _announce(tile_s, q_empty, turn, program, half)
             mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
             at = b * q_row_b + h * q_row_h + row * SIDE + half * ROWS
             tma.async_copy_global_to_shared(q_desc, [at, h * q_column_h], q_full.index(half), q_s.index(half))
@@ -71,6 +88,10 @@ def _produce(
             )
             step += 1
         turn += 1
+        program = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+    for half in gl.static_range(2):
+        _announce(tile_s, q_empty, turn, program, half)
+        mbarrier.arrive(q_full.index(half))
 
 
 @gluon.jit
@@ -138,7 +159,7 @@ def _attend(
 def _consume(
     out_ptr, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
     stride_ob, stride_oh, stride_ot, q_len, q_offset, scale,
-    q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """64 queries of each tile, from the diagonal back to the first block."""
@@ -146,14 +167,14 @@ def _consume(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     step = 0
     turn = 0
-    for program in range(gl.program_id(0), total, gl.num_programs(0)):
+    program = _next(tile_s, q_full, turn, HALF)
+    while program < total:
         b, h, row = _place(program, tiles, heads, GROUPS)
         lists = b.to(gl.int64) * stride_nb + h.to(gl.int64) * stride_nh + row
         listed = gl.load(num_ptr + lists)
         count = gl.maximum(listed, 1)  # a row without blocks reads block 0 and writes zeros
         last = gl.load(idx_ptr + lists * longest + count - 1)
         token = row * SIDE + HALF * ROWS
-        mbarrier.wait(q_full.index(HALF), turn & 1)
         acc, sums = _attend(
             q_s.index(HALF), k_s, v_s, k_full, k_empty, v_full, v_empty, step, count, last, q_offset + token, scale,
             q_s.dtype, STAGES, D, wide, narrow,
@@ -164,6 +185,7 @@ def _consume(
         _write(place, acc * share[:, None], token, q_len, stride_ot, q_s.dtype, narrow)
         step += count
         turn += 1
+        program = _next(tile_s, q_full, turn, HALF)
 
 
 @gluon.jit
@@ -177,7 +199,7 @@ def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["q_len", "q_offset", "longest", "tiles", "total"])
 def forward(
-    q_desc, k_desc, v_desc, out_ptr, num_ptr, idx_ptr, scale,
+    q_desc, k_desc, v_desc, out_ptr, num_ptr, idx_ptr, counter_ptr, scale,
     stride_ob, stride_oh, stride_ot, stride_nb, stride_nh,
     q_row_b, q_row_h, q_column_h, k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h,
     q_len, q_offset, longest, tiles, heads, total,
@@ -187,6 +209,7 @@ def forward(
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [STAGES, SIDE, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [STAGES, SIDE, D], v_desc.layout)
+    tile_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full, q_empty = _barriers(2, 1), _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, 2)
@@ -197,17 +220,17 @@ def forward(
             (_consume, (
                 out_ptr, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
                 stride_ob, stride_oh, stride_ot, q_len, q_offset, scale,
-                q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES, D, first,
+                q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES, D, first,
             )),
             (_consume, (
                 out_ptr, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
                 stride_ob, stride_oh, stride_ot, q_len, q_offset, scale,
-                q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES, D, second,
+                q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES, D, second,
             )),
             (_produce, (
-                q_desc, k_desc, v_desc, num_ptr, idx_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
+                q_desc, k_desc, v_desc, num_ptr, idx_ptr, counter_ptr, tiles, heads, total, stride_nb, stride_nh, longest,
                 q_row_b, q_row_h, q_column_h, k_row_b, k_row_h, k_column_h, v_row_b, v_row_h, v_column_h,
-                q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES,
+                q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, GROUPS, STAGES,
             )),
         ],
         [4, 1],

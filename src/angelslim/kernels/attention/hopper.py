@@ -88,7 +88,7 @@ def run(
     lists = [0 if num.shape[0] == 1 else num.stride(0), 0 if num.shape[1] == 1 else num.stride(1)]
     total = plan.rows * heads * batch
     _kernel()[(min(total, _units(q.device)),)](
-        *sources, out, num, idx, scaling * LOG2E,
+        *sources, out, num, idx, q.new_zeros(1, dtype=torch.int32), scaling * LOG2E,
         *out.stride()[:3], *lists, *[step for flat in flats for step in flat.steps],
         q_len, plan.q_offset, idx.shape[-1], plan.rows, heads, total,
         GROUPS=heads // k.shape[1], STAGES=stages, D=width, num_warps=4,
@@ -118,9 +118,9 @@ def refuses(case: Case) -> str:
 def _doubt(device: torch.device) -> str:
     """Why a GPU's own build of the kernel is not used: it is compiled and tried once."""
     drawn = torch.Generator(device).manual_seed(0)
-    q, k, v = (
+    q, k, v = (  # with more tiles than there are programs
         torch.randn(1, heads, 4 * SIDE, WIDTH, device=device, generator=drawn).bfloat16()
-        for heads in (4, 2, 2)
+        for heads in (64, 2, 2)
     )
     mask = torch.eye(4, dtype=torch.bool, device=device)
     mask[2:, 0] = mask[3, 1] = True

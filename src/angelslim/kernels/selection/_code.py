@@ -82,12 +82,30 @@ def value_bonus(size_ptr, out_ptr, groups, blocks, SIZE: tl.constexpr, AT_ONCE: 
 
 
 @triton.jit
+def _cell_scores(
+    q, k_ptr, first, last, cells_k, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):
+    """The scores of a tile of query cells with the key cells from `first` on; MASKED where some come later."""
+    column, dims = first + tl.arange(0, BLOCK_N), tl.arange(0, D)
+    place = k_ptr + column[None, :] * D + dims[:, None]
+    if MASKED:
+        k = tl.load(place, mask=column[None, :] < cells_k, other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee")
+        scores = tl.where(column[None, :] <= last[:, None], scores, float("-inf"))
+    else:
+        scores = tl.dot(q, tl.load(place), input_precision="ieee")
+    return scores
+
+
+@triton.jit
 def cell_masses(
     q_ptr, k_ptr, out_ptr, heads, groups, cells_q, cells_k, before, columns,
     D: tl.constexpr, CELLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of each query cell over the cells it may read, summed in blocks; root mean square over a block's cells."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """The softmax of each query cell over the cells it may read, summed in blocks; root mean square over a block's cells.
+
+    Scores come in powers of two. Both passes read whole tiles first, and mask only those on the diagonal.
+    """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     line = tl.program_id(1)
     keys = (line // heads) * (heads // groups) + (line % heads) // groups
@@ -101,110 +119,99 @@ def cell_masses(
     k_ptr += keys.to(tl.int64) * cells_k * D
     last = before + row
     stop = tl.minimum(before + (tile + 1) * BLOCK_M, cells_k)
+    whole = (before + tile * BLOCK_M + 1) // BLOCK_N * BLOCK_N
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for first in range(0, stop, BLOCK_N):
-        column = first + tl.arange(0, BLOCK_N)
-        k = tl.load(k_ptr + column[None, :] * D + dims[:, None], mask=column[None, :] < cells_k, other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * LOG2E
-        scores = tl.where(column[None, :] <= last[:, None], scores, float("-inf"))
-        highest = tl.maximum(m, tl.max(scores, 1))  # the first cell is always read
-        total = total * tl.exp2(m - highest) + tl.sum(tl.exp2(scores - highest[:, None]), 1)
-        m = highest
+    for masked in tl.static_range(2):
+        for first in range(whole * masked, stop if masked else whole, BLOCK_N):
+            scores = _cell_scores(q, k_ptr, first, last, cells_k, D, BLOCK_N, masked)
+            highest = tl.maximum(m, tl.max(scores, 1))  # the first cell is always read
+            total = total * tl.exp2(m - highest) + tl.sum(tl.exp2(scores - highest[:, None]), 1)
+            m = highest
     level = m + tl.log2(total)
     ROWS: tl.constexpr = BLOCK_M // CELLS
     COLUMNS: tl.constexpr = BLOCK_N // CELLS
     block = tile * ROWS + tl.arange(0, ROWS)
     out_ptr += (line.to(tl.int64) * (cells_q // CELLS) + block[:, None]) * columns
-    for first in range(0, stop, BLOCK_N):
-        column = first + tl.arange(0, BLOCK_N)
-        k = tl.load(k_ptr + column[None, :] * D + dims[:, None], mask=column[None, :] < cells_k, other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * LOG2E
-        mass = tl.where(column[None, :] <= last[:, None], tl.exp2(scores - level[:, None]), 0.0)
-        mass = tl.sum(tl.reshape(mass, [BLOCK_M, COLUMNS, CELLS]), 2)
-        mass = tl.sum(tl.reshape(mass * mass, [ROWS, CELLS, COLUMNS]), 1) / CELLS
-        at = first // CELLS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(out_ptr + at, tl.sqrt(mass), mask=(at < columns) & (block[:, None] < cells_q // CELLS))
+    for masked in tl.static_range(2):
+        for first in range(whole * masked, stop if masked else whole, BLOCK_N):
+            scores = _cell_scores(q, k_ptr, first, last, cells_k, D, BLOCK_N, masked)
+            mass = tl.exp2(scores - level[:, None])
+            mass = tl.sum(tl.reshape(mass, [BLOCK_M, COLUMNS, CELLS]), 2)
+            mass = tl.sum(tl.reshape(mass * mass, [ROWS, CELLS, COLUMNS]), 1) / CELLS
+            at = first // CELLS + tl.arange(0, COLUMNS)[None, :]
+            tl.store(out_ptr + at, tl.sqrt(mass), mask=(at < columns) & (block[:, None] < cells_q // CELLS))
 
 
 @triton.jit
-def _last_scores(
-    q_ptr, k_ptr, h, group, b, block, scale, queries, keys,
+def last_parts(
+    q_ptr, k_ptr, out_ptr, scale, heads, queries, columns, part,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    BLOCK: tl.constexpr, D: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, LAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The scores of the last queries with one block of keys, in powers of two, -inf where the key comes later."""
-    row, dims = tl.arange(0, LAST), tl.arange(0, D)
-    token = (queries - LAST + row).to(tl.int64)
-    key = block * BLOCK + tl.arange(0, BLOCK)
-    q = tl.load(
-        q_ptr
-        + b.to(tl.int64) * stride_qb
-        + h.to(tl.int64) * stride_qh
-        + token[:, None] * stride_qt
-        + dims[None, :]
-    )
-    k = tl.load(
-        k_ptr + b.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kh
-        + key.to(tl.int64)[None, :] * stride_kt + dims[:, None]
-    )  # fmt: skip
-    scores = tl.dot(q, k, input_precision="ieee") * scale
-    position = keys - LAST + row
-    return tl.where(key[None, :] <= position[:, None], scores, float("-inf")), position[:, None] - key[
-        None, :
-    ]
+    """One key block, read by the last queries of all heads of its group.
+
+    For each query the logarithm (of base 2) of its softmax's sum over the block, and the mean over the block of u, which is how
+    far a key lies before the query's own place in a block, in blocks, and of u where it is positive. `last_lines` joins
+    the blocks. `heads` are those of the keys.
+    """
+    block, line = tl.program_id(0), tl.program_id(1)
+    b, group = (line // heads).to(tl.int64), (line % heads).to(tl.int64)
+    row, column, dims = tl.arange(0, LAST), tl.arange(0, BLOCK), tl.arange(0, D)
+    token, key = (queries - LAST + row).to(tl.int64), (block * BLOCK + column).to(tl.int64)
+    k = tl.load(k_ptr + b * stride_kb + group * stride_kh + key[None, :] * stride_kt + dims[:, None])
+    apart = BLOCK - LAST + row[:, None] - column[None, :]
+    u = apart.to(tl.float32) / BLOCK
+    place = q_ptr + b * stride_qb + token[:, None] * stride_qt + dims[None, :]
+    for member in range(GROUPS):
+        q = tl.load(place + (group * GROUPS + member) * stride_qh)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.where((apart >= 0) | (block < columns - 1), scores, float("-inf"))
+        highest = tl.max(scores, 1)  # even the first of the last queries reads some key of each block
+        weights = tl.exp2(scores - highest[:, None])
+        total = tl.sum(weights, 1)
+        out = out_ptr + ((line.to(tl.int64) * GROUPS + member) * columns + block) * LAST + row
+        tl.store(out, highest + tl.log2(total))
+        tl.store(out + part, tl.sum(weights * u, 1) / total)
+        tl.store(out + 2 * part, tl.sum(weights * tl.maximum(u, 0.0), 1) / total)
 
 
 @triton.jit
-def last_levels(
-    q_ptr, k_ptr, out_ptr, scale, heads, groups, queries, keys, columns,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    BLOCK: tl.constexpr, D: tl.constexpr, LAST: tl.constexpr, AT_ONCE: tl.constexpr,
+def last_lines(
+    parts_ptr, mean_ptr, most_ptr, share_ptr, columns, part, tiles,
+    LAST: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm (of base 2) of the softmax's sum of the last queries, over AT_ONCE blocks of keys."""
-    chunk, line = tl.program_id(0), tl.program_id(1)
-    b, h = line // heads, line % heads
+    """What the last queries give each key block: on average, at most, and by the distance in blocks, in three parts.
+
+    A diagonal's weight is split between the two nearest diagonals of blocks: the farther one gets u where that is positive,
+    the nearer one -u where it is negative, and the middle one the rest.
+    """
+    line, row = tl.program_id(1).to(tl.int64), tl.arange(0, LAST)[None, :]
+    parts_ptr += line * columns * LAST
     m = tl.full([LAST], float("-inf"), dtype=tl.float32)
     total = tl.zeros([LAST], dtype=tl.float32)
-    for block in range(chunk * AT_ONCE, tl.minimum((chunk + 1) * AT_ONCE, columns)):
-        scores, _ = _last_scores(
-            q_ptr, k_ptr, h, h // groups, b, block, scale, queries, keys,
-            stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, BLOCK, D, LAST,
-        )  # fmt: skip
-        highest = tl.maximum(
-            m, tl.max(scores, 1)
-        )  # even the first of the last queries reads some key of each block
-        total = total * tl.exp2(m - highest) + tl.sum(tl.exp2(scores - highest[:, None]), 1)
+    for first in range(0, columns, AT_ONCE):
+        block = first + tl.arange(0, AT_ONCE)[:, None]
+        found = tl.load(parts_ptr + block * LAST + row, mask=block < columns, other=float("-inf"))
+        highest = tl.maximum(m, tl.max(found, 0))
+        total = total * tl.exp2(m - highest) + tl.sum(tl.exp2(found - highest[None, :]), 0)
         m = highest
-    place = (line.to(tl.int64) * tl.num_programs(0) + chunk) * LAST + tl.arange(0, LAST)
-    tl.store(out_ptr + place, m + tl.log2(total))
-
-
-@triton.jit
-def last_masses(
-    q_ptr, k_ptr, level_ptr, mean_ptr, most_ptr, share_ptr, scale, heads, groups, queries, keys, columns,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    BLOCK: tl.constexpr, D: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """What the last queries give one key block: on average, at most, and by the distance in blocks, in three parts."""
-    block, line = tl.program_id(0), tl.program_id(1)
-    b, h = line // heads, line % heads
-    scores, distance = _last_scores(
-        q_ptr, k_ptr, h, h // groups, b, block, scale, queries, keys,
-        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, BLOCK, D, LAST,
-    )  # fmt: skip
-    level = tl.load(level_ptr + line * LAST + tl.arange(0, LAST))
-    mass = tl.exp2(scores - level[:, None])
-    column = tl.sum(mass, 1)
-    place = line.to(tl.int64) * columns + block
-    tl.store(mean_ptr + place, tl.sum(column, 0) / LAST)
-    tl.store(most_ptr + place, tl.max(column, 0))
-    for part in tl.static_range(
-        3
-    ):  # a diagonal's weight is split between the two nearest diagonals of blocks
-        centre = (columns - block - 2 + part) * BLOCK
-        near = 1.0 - tl.abs(distance - centre).to(tl.float32) / BLOCK
-        tl.store(share_ptr + place * 3 + part, tl.sum(tl.sum(mass * tl.maximum(near, 0.0), 1), 0) / LAST)
+    level = m + tl.log2(total)
+    for tile in range(tl.program_id(0) * tiles, (tl.program_id(0) + 1) * tiles):
+        block = tile * AT_ONCE + tl.arange(0, AT_ONCE)
+        there = block < columns
+        at = parts_ptr + block[:, None] * LAST + row
+        found = tl.load(at, mask=there[:, None], other=float("-inf"))
+        mass = tl.exp2(found - level[None, :])
+        mean = tl.sum(mass, 1) / LAST
+        signed = tl.sum(mass * tl.load(at + part, mask=there[:, None], other=0.0), 1) / LAST
+        before = tl.sum(mass * tl.load(at + 2 * part, mask=there[:, None], other=0.0), 1) / LAST
+        place = line * columns + block
+        tl.store(mean_ptr + place, mean, mask=there)
+        tl.store(most_ptr + place, tl.max(mass, 1), mask=there)
+        tl.store(share_ptr + place * 3, before - signed, mask=there)
+        tl.store(share_ptr + place * 3 + 1, mean + signed - 2 * before, mask=there)
+        tl.store(share_ptr + place * 3 + 2, before, mask=there)
 
 
 @triton.jit

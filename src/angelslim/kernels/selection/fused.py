@@ -23,7 +23,19 @@ from ..attention.blocks import BlockPlan
 
 LOG2E = math.log2(math.e)
 MOST_COLUMNS = 8192  # blocks of keys that one program ranks
-CHUNK = 8  # blocks of keys that one program sums up for the last queries
+JOINED, JOINERS = 16, 16  # blocks that are joined at once, programs that share a head's
+
+
+class Cut(NamedTuple):
+    """How `cell_masses` is cut: cells of queries and of keys at once, warps, and loads that are under way."""
+
+    queries: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+SLIM = Cut(32, 32)  # of float32
 
 
 @functools.cache
@@ -115,20 +127,23 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     return found.view(batch, heads, rows, -1)
 
 
-def cell_masses(q: Tensor, k: Tensor, cells: int, q_offset: int, block: int, scaling: float) -> Tensor:
+def cell_masses(
+    q: Tensor, k: Tensor, cells: int, q_offset: int, block: int, scaling: float, cut: Cut | None = None
+) -> Tensor:
     """The root mean square over a query block's cells of the mass that their means give each key block, [B, H, n, m].
 
     What lies after a row's own block is not written.
     """
     batch, heads, q_len, width = q.shape
-    mean_q = means(q, block, cells, phases=False, factor=scaling)
+    mean_q = means(q, block, cells, phases=False, factor=scaling * LOG2E)
     mean_k = means(k, block, cells, phases=False)
     rows, columns = q_len // block, k.shape[2] // block
     out = torch.empty(batch, heads, rows, columns, device=q.device)
-    side = max(64, cells) if q.dtype != torch.float32 else max(32, cells)
-    _code().cell_masses[(-(-rows * cells // side), batch * heads)](
+    cut = cut or (Cut() if q.dtype != torch.float32 else SLIM)
+    high, wide = max(cut.queries, cells), max(cut.keys, cells)
+    _code().cell_masses[(-(-rows * cells // high), batch * heads)](
         mean_q, mean_k, out, heads, heads // k.shape[1], rows * cells, columns * cells, q_offset // block * cells, columns,
-        D=width, CELLS=cells, BLOCK_M=side, BLOCK_N=side, num_warps=4,
+        D=width, CELLS=cells, BLOCK_M=high, BLOCK_N=wide, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return out
 
@@ -136,17 +151,18 @@ def cell_masses(q: Tensor, k: Tensor, cells: int, q_offset: int, block: int, sca
 def last_lines(q: Tensor, k: Tensor, last: int, block: int, scaling: float) -> Lines:
     """The exact attention of the last queries, by columns of blocks and by diagonals of blocks."""
     batch, heads, q_len, width = q.shape
-    columns, line = k.shape[2] // block, q.shape[0] * heads
-    chunks = -(-columns // CHUNK)
-    code, strides = _code(), (*q.stride()[:3], *k.stride()[:3])
-    common = (scaling * LOG2E, heads, heads // k.shape[1], q_len, k.shape[2], columns)
-    sizes = {"BLOCK": block, "D": width, "LAST": last, "num_warps": 4}
-    levels = torch.empty(line, chunks, last, device=q.device)
-    code.last_levels[(chunks, line)](q, k, levels, *common, *strides, AT_ONCE=CHUNK, **sizes)
-    level = (levels / LOG2E).logsumexp(1) * LOG2E
+    columns, line, keys = k.shape[2] // block, q.shape[0] * heads, k.shape[1]
+    parts = torch.empty(3, line, columns, last, device=q.device)
+    _code().last_parts[(columns, batch * keys)](
+        q, k, parts, scaling * LOG2E, keys, q_len, columns, parts.stride(0), *q.stride()[:3], *k.stride()[:3],
+        BLOCK=block, D=width, LAST=last, GROUPS=heads // keys, num_warps=4,
+    )  # fmt: skip
     mean, most = (torch.empty(batch, heads, columns, device=q.device) for _ in range(2))
     shares = torch.empty(batch, heads, columns, 3, device=q.device)
-    code.last_masses[(columns, line)](q, k, level, mean, most, shares, *common, *strides, **sizes)
+    tiles = -(-columns // (JOINED * JOINERS))
+    _code().last_lines[(-(-columns // (JOINED * tiles)), line)](
+        parts, mean, most, shares, columns, parts.stride(0), tiles, LAST=last, AT_ONCE=JOINED, num_warps=4
+    )
     return Lines(mean, most, shares)
 
 

@@ -4,7 +4,7 @@
 
 The protocol of `sparse_speed`: runs alternate with the dense baseline, ratios are medians of pairs, failures are
 recorded, the results file is written after every measurement. Weights are random, so nothing here speaks of quality, and only
-budgets of a fixed density are timed.
+budgets of a fixed density are timed. Selectors and kernels are compiled on tensors of the length before it is measured.
 
 Everything is measured on two kinds of layers, dense and sparse alike. `eager` is transformers as it comes, whose norms, rotary
 positions and activations are dozens of passes over memory; `compiled` has these three under torch.compile, as an
@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ METHODS = ("union", "stem")
 DENSITY = 0.1
 SHAPE = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+LONG = 100_000  # tokens, from which no run is spared for warming up but the one of `nothing`
 WAYS = (("sdpa", "cudnn"), ("repeated", "cudnn"), ("sdpa", "flash"))
 
 
@@ -92,7 +94,7 @@ class Prefill:
         torch.manual_seed(1)
         self.model, self.device = model, device
         self.ids = torch.randint(0, model.config.vocab_size, (1, length), device=device)
-        self.logits: Tensor | None = None
+        self.logits = torch.empty(0)
         self.backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
     def run(self) -> float:
@@ -104,6 +106,10 @@ class Prefill:
             self.logits.argmax(-1)
 
         return milliseconds(once, self.device)
+
+    def last(self) -> Tensor:
+        """The logits of the last run, float32."""
+        return self.logits.float()
 
     def dense(self, way: tuple[str, str]) -> float:
         """With one of transformers' attentions over one of PyTorch's backends."""
@@ -141,31 +147,39 @@ def warmed(length: int, device: torch.device) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def fastest(book: Book, prefill: Prefill, layers: str, length: int, known: Any) -> Any:
-    """The fastest dense attention: all are tried, or only the one that is known to be."""
+def fastest(book: Book, prefill: Prefill, layers: str, length: int) -> Any:
+    """The fastest dense attention."""
     times = {}
-    for way in [known] if known else WAYS:
+    for way in WAYS:
         with book.entry(length=length, layers=layers, kind="ttft dense", name=" ".join(way)) as found:
             prefill.dense(way)
             found["ms"] = times[way] = prefill.dense(way)
     return min(times, key=times.__getitem__) if times else None
 
 
-def rounds(book: Book, prefill: Prefill, way: Any, layers: str, length: int, repeats: int) -> None:
-    """Dense, every selector and nothing in turn; the first round warms up and says what the hook counted."""
+def rounds(
+    book: Book, prefill: Prefill, way: Any, layers: str, length: int, repeats: int, seconds: float
+) -> None:
+    """Dense, every selector and nothing in turn, until there are enough rounds or their time is up."""
     selectors, hooks = warmed(length, prefill.device), {}
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*METHODS, "nothing")}
     with book.entry(length=length, layers=layers, kind="rounds", dense=" ".join(way)) as found:
-        for turn in range(repeats + 1):
+        prefill.free()
+        if length < LONG:
+            prefill.dense(way)
+            for select in selectors.values():
+                prefill.sparse(select, measure=False)
+        begun = time.monotonic()
+        while len(pairs["nothing"]) < repeats and (not hooks or time.monotonic() - begun < seconds):
             dense = prefill.dense(way)
             for name, select in selectors.items():
-                spent, hook = prefill.sparse(select, measure=turn == 0)
+                spent, hook = prefill.sparse(select, measure=name not in hooks)
                 pairs[name].append((dense, spent))
                 hooks.setdefault(name, hook)
             pairs["nothing"].append((dense, prefill.free()))
+        found["rounds"] = len(pairs["nothing"])
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    for name, all_pairs in pairs.items():
-        kept = all_pairs[1:]
+    for name, kept in pairs.items():
         if not kept:
             continue
         with book.entry(length=length, layers=layers, kind="ttft", name=name) as found:
@@ -181,28 +195,28 @@ def rounds(book: Book, prefill: Prefill, way: Any, layers: str, length: int, rep
                 book.bars.append(bar(title, found["speedup"], goal, at_most=False))
 
 
-def ttft(book: Book, device: torch.device, lengths: list[int], repeats: int) -> None:
+def ttft(book: Book, device: torch.device, lengths: list[int], repeats: int, seconds: float) -> None:
     """Both kinds of layers at each length."""
     from transformers import AttentionInterface
 
     model = random_qwen3(lengths, device)
     AttentionInterface.register("repeated", repeated)
     AttentionInterface.register("nothing", nothing)
-    logits: dict[tuple[str, int], Tensor] = {}
-    way = None
+    way = fastest(book, Prefill(model, lengths[0], device), "eager", lengths[0])
+    if way is None:
+        return
+    logits: dict[str, Tensor] = {}
     for layers in ("eager", "compiled"):
-        with compiled_layers() if layers == "compiled" else torch.no_grad():
+        with compiled_layers() if layers == "compiled" else nullcontext():
             for length in lengths:
                 prefill = Prefill(model, length, device)
-                way = fastest(book, prefill, layers, length, way)
-                if way is None:
-                    return
-                logits[layers, length] = prefill.logits.float() if prefill.logits is not None else Tensor()
-                rounds(book, prefill, way, layers, length, repeats if length < 100_000 else min(repeats, 2))
-    for length in lengths:
-        one, other = logits["eager", length], logits["compiled", length]
-        with book.entry(length=length, kind="compiled against eager", name="dense logits") as found:
-            found["relative_difference"] = float((one - other).norm() / one.norm())
+                rounds(book, prefill, way, layers, length, repeats, seconds)
+                if length == lengths[0]:
+                    prefill.dense(way)
+                    logits[layers] = prefill.last()
+    with book.entry(length=lengths[0], kind="compiled against eager", name="dense logits") as found:
+        difference = (logits["eager"] - logits["compiled"]).norm() / logits["eager"].norm()
+        found["relative_difference"] = float(difference)
 
 
 def main() -> None:
@@ -212,12 +226,16 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="32768,131072", help="tokens, with commas between")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=25, help="after which no further round of a length begins"
+    )
     parser.add_argument("--limit", type=float, default=420, help="seconds after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     book = Book("sparse_ttft", given.out, given.limit)
     try:
-        ttft(book, torch.device("cuda"), [int(word) for word in given.lengths.split(",")], given.repeats)
+        lengths = [int(word) for word in given.lengths.split(",")]
+        ttft(book, torch.device("cuda"), lengths, given.repeats, given.seconds)
     except Late:
         book.raw.append({"kind": "limit", "name": "the time limit ended the run", "seconds": given.limit})
     book.save(quietly=False)

@@ -8,11 +8,16 @@ and by the selectors' iso-density budgets for the whole. Each figure is a median
 baseline, which is the fastest causal one of those that run; the ratio is the median of the pairs' ratios. FLOPs are those
 of the pairs that are read: 4 x D for each pair and head. Whatever fails is recorded with its error, and the results
 file is written after every measurement, so that a time limit loses nothing.
+
+On a GPU everything is timed behind a few matrix products, as a layer's attention comes behind its projections: the host has
+then launched what is timed before the GPU gets to it, as in a prefill. On an idle GPU the launches of a selector's programs
+count too, some tenths of a millisecond that depend on the host; selectors are timed so as well (`idle`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 import traceback
@@ -37,6 +42,7 @@ LENGTHS = {"cpu": [4096, 8192, 16384], "cuda": [32768, 65536, 131072]}
 DENSITIES = (0.1, 0.05, 0.2)
 SELECTORS = (("union", 0.1), ("stem", 0.1), ("union", 0.2), ("stem", 0.2))
 TILES = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)]
+PRODUCTS = 3  # of 8192 x 8192 matrices, about 1.4 ms each on a H200
 TOGETHER_GOALS = {32768: 5.5, 131072: 8.0}
 
 
@@ -74,17 +80,34 @@ class Book:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.raw.append(found)
-        print({key: value for key, value in found.items() if key not in ("trace", "samples")}, flush=True)
+        print(
+            {key: value for key, value in found.items() if key not in ("trace", "samples", "idle_samples")},
+            flush=True,
+        )
         self.save()
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    """One run's time."""
+@functools.cache
+def _busy(device: torch.device) -> Callable[[], None]:
+    """Work that keeps a GPU busy for some milliseconds."""
+    left, right, out = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+    def run() -> None:
+        for _ in range(PRODUCTS):
+            torch.mm(left, right, out=out)
+
+    return run
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, busy: bool = False) -> float:
+    """One run's time; `busy` puts it behind other work of the GPU."""
     if device.type != "cuda":
         begun = time.perf_counter()
         run()
         return 1000 * (time.perf_counter() - begun)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if busy:
+        _busy(device)()
     begin.record()
     run()
     end.record()
@@ -93,14 +116,14 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def paired(
-    dense: Callable[[], Any], run: Callable[[], Any], device: torch.device, repeats: int
+    dense: Callable[[], Any], run: Callable[[], Any], device: torch.device, repeats: int, busy: bool = True
 ) -> dict[str, Any]:
     """Alternate both after two warm-ups; medians, and the median of the ratios."""
     begun = time.perf_counter()
     run()
     warm = time.perf_counter() - begun
     run()
-    pairs = [(milliseconds(dense, device), milliseconds(run, device)) for _ in range(repeats)]
+    pairs = [(milliseconds(dense, device, busy), milliseconds(run, device, busy)) for _ in range(repeats)]
     return {
         "ms": statistics.median(pair[1] for pair in pairs),
         "dense_ms": statistics.median(pair[0] for pair in pairs),
@@ -176,7 +199,7 @@ def fastest_dense(
         with book.entry(length=length, kind="dense", name=name) as found, torch.no_grad():
             for _ in range(2):
                 run()
-            found["ms"] = statistics.median(milliseconds(run, q.device) for _ in range(repeats))
+            found["ms"] = statistics.median(milliseconds(run, q.device, True) for _ in range(repeats))
             found["tflops"] = flops(length, q.shape[1], q.shape[3]) / found["ms"] / 1e9
             best.append((found["ms"], name, run))
     return min(best)[1:] if best else None
@@ -220,7 +243,7 @@ def tune(book: Book, q: Tensor, k: Tensor, v: Tensor) -> triton_flash.Tiles | No
                 return triton_flash.run(q, k, v, plan, scaling=q.shape[-1] ** -0.5, tiles=tiles)
 
             run()
-            found["ms"] = statistics.median(milliseconds(run, q.device) for _ in range(7))
+            found["ms"] = statistics.median(milliseconds(run, q.device, True) for _ in range(7))
             found["tflops"] = flops(q.shape[2], q.shape[1], q.shape[3], plan.density()) / found["ms"] / 1e9
             best.append((found["ms"], numbers))
     return triton_flash.Tiles(*min(best)[1]) if best else None
@@ -256,24 +279,31 @@ def with_selection(
             select = REGISTRY.get(method)({"density": density}).select
             plan = select(q, k, v, ctx)
             found["exact_density"] = plan.density()
-            found |= paired(dense, lambda select=select: run(select(q, k, v, ctx)), q.device, repeats)
+
+            def both(select: Any = select) -> Tensor:
+                return run(select(q, k, v, ctx))  # type: ignore[no-any-return]
+
+            found |= paired(dense, both, q.device, repeats)
             select(q, k, v, ctx)
             found["selector_ms"] = statistics.median(
-                milliseconds(lambda select=select: select(q, k, v, ctx), q.device) for _ in range(repeats)
+                milliseconds(lambda select=select: select(q, k, v, ctx), q.device, True)
+                for _ in range(repeats)
             )
             found["kernel_ms"] = statistics.median(
-                milliseconds(lambda plan=plan: run(plan), q.device) for _ in range(repeats)
+                milliseconds(lambda plan=plan: run(plan), q.device, True) for _ in range(repeats)
             )
             saved = found["dense_ms"] - found["kernel_ms"]
             found["selection_share_of_saved"] = found["selector_ms"] / saved
             if q.is_cuda:
+                alone = paired(dense, both, q.device, repeats, busy=False)
+                found |= {f"idle_{key}": alone[key] for key in ("ms", "speedup", "samples")}
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 select(q, k, v, ctx)
                 found["selector_peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def layer(book: Book, device: torch.device, lengths: list[int], repeats: int) -> None:
+def layer(book: Book, device: torch.device, lengths: list[int], repeats: int, lists: bool) -> None:
     """Dense, kernels and selectors for one layer at each length."""
     tiles: triton_flash.Tiles | None = None
     for length in lengths:
@@ -286,7 +316,8 @@ def layer(book: Book, device: torch.device, lengths: list[int], repeats: int) ->
         with torch.no_grad():
             runs = kernels(book, q, k, v, tiles)
             with_selection(book, best[1], q, k, v, runs, repeats)
-            random_lists(book, best[1], q, runs, repeats)
+            if lists:
+                random_lists(book, best[1], q, runs, repeats)
         del q, k, v, best, runs
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -305,6 +336,8 @@ def bars(raw: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
             if item["length"] in TOGETHER_GOALS:
                 goal = TOGETHER_GOALS[item["length"]]
                 found.append(bar(f"{name}: times the fastest dense", item["speedup"], goal, at_most=False))
+                title = f"{name}, on an idle GPU: times the fastest dense"
+                found.append(bar(title, item["idle_speedup"], goal, at_most=False))
             share = item["selection_share_of_saved"]
             found.append(bar(f"{name}: selection over the time saved", share, 0.05, at_most=True))
     return found
@@ -317,6 +350,7 @@ def main() -> None:
     )
     parser.add_argument("mode", choices=LENGTHS)
     parser.add_argument("--lengths", help="tokens, with commas between")
+    parser.add_argument("--without-lists", action="store_true", help="leave out the kernels on random lists")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit", type=float, default=420, help="seconds after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -327,7 +361,7 @@ def main() -> None:
         torch.set_num_threads(2)
     device = torch.device("cpu" if given.mode == "cpu" else "cuda")
     try:
-        layer(book, device, lengths, given.repeats)
+        layer(book, device, lengths, given.repeats, not given.without_lists)
     except Late:
         book.raw.append({"kind": "limit", "name": "the time limit ended the run", "seconds": given.limit})
     book.bars += bars(book.raw, device.type)

@@ -4,6 +4,7 @@ import pytest
 
 from angelslim.base.errors import ConfigError
 from angelslim.evaluate import speed
+from angelslim.evaluate.inference import read_so_far
 from angelslim.evaluate.speed import Timing, generation_speed
 
 
@@ -18,6 +19,11 @@ def test_figures_follow_from_the_median_round(model, monkeypatch):
     assert scores["prefill"].value == 80
     assert scores["decode"].value == 4
     assert {score.samples for score in scores.values()} == {3}
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_what_was_read_is_handed_on_by_the_name_it_came_with(name):
+    assert read_so_far({"logits": 1, name: 2}) == {name: 2}
 
 
 def test_the_timed_loop_runs_the_model_as_it_says(model):

@@ -43,7 +43,9 @@ def test_odd_values_have_a_level():
 
 def test_equal_values_draw():
     for quantity in (SQNR, PLAIN, OUTPUT_ERROR):
-        assert levels(heat({"a": {0: 0.5, 1: 0.5}}, quantity, ""), 2)
+        drawn = heat({"a": {0: 0.5, 1: 0.5 + 1e-9}}, quantity, "")
+        assert levels(drawn, 2)
+        assert any(text.startswith("the same everywhere") for text in texts(drawn))
     assert heat({"a": {0: math.inf}}, SQNR, "") == heat({}, SQNR, "") == ""
 
 

@@ -43,6 +43,12 @@ def last_logits(model: nn.Module, count: int) -> dict[str, int]:
     )
 
 
+def read_so_far(output: Any) -> dict[str, Any]:
+    """Return the keyword that hands a model the cache of what it has read; transformers 5.24 gave it a new name."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """Return every token id that ends a reply: the model's own list and the tokenizer's end of sequence."""
     config = getattr(model, "generation_config", None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..base.errors import ConfigError
 from .base import Score
-from .inference import device_of, inference, last_logits
+from .inference import device_of, inference, last_logits, read_so_far
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def time_generation(model: nn.Module, prompt_BP: Tensor, new_tokens: int) -> Tim
     token_B1 = output.logits[:, -1:].argmax(-1)
     first = _clock(prompt_BP.device)
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token_B1, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token_B1, use_cache=True, **read_so_far(output))
         token_B1 = output.logits[:, -1:].argmax(-1)
     return Timing(first - start, _clock(prompt_BP.device) - first)
 

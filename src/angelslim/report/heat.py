@@ -104,7 +104,10 @@ def heat(
     marks.text(left, bottom + 24.06, "decoder block", "muted")
     best, worst = span[::-1] if quantity.bad == "low" else span
     wrong = "lower" if quantity.bad == "low" else "higher"
-    _legend(marks, left, quantity.end(best), f"{quantity.end(worst)}, {wrong} is worse")
+    if math.isclose(min(values), max(values), rel_tol=1e-6):
+        marks.text(left, marks.height - 14.82, f"the same everywhere; {wrong} is worse", "muted", size=11)
+    else:
+        _legend(marks, left, quantity.end(best), f"{quantity.end(worst)}, {wrong} is worse")
     return marks.svg(f"{quantity.name} {what}")
 
 

@@ -23,6 +23,7 @@ from .drawing import AFTER, BEFORE, LINE, MUTED, canvas, place, to_svg
 from .heat import OUTPUT_ERROR, Quantity, heat, share
 from .html import render
 from .record import RECORD_FILE
+from .strips import log_ticks
 from .summary import plain_table
 
 KIND = "sparse attention"
@@ -296,6 +297,8 @@ def _times(record: PrefillRecord) -> Markup | str:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.minorticks_off()
+        ticks = log_ticks(*axes.get_ylim())
+        axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
         axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axes.set_xlabel("tokens of the prompt", loc="left")
         axes.set_ylabel("milliseconds", loc="bottom", fontsize=11)

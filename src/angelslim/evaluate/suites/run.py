@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ...base import console
-from ..inference import device_of, inference, last_logits, stop_tokens
+from ..inference import device_of, inference, last_logits, read_so_far, stop_tokens
 from .base import Sample, Task, tokens_of
 
 RESAMPLES = 2000  # of the bootstrap
@@ -139,7 +139,7 @@ def answer(model: Any, ids: torch.Tensor, new_tokens: int, stops: Sequence[int])
         if len(written) == new_tokens:
             break
         step = torch.tensor([[token]], device=ids.device)
-        output = model(input_ids=step, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=step, use_cache=True, **read_so_far(output))
         token = int(output.logits[0, -1].argmax())
     return written, spent
 

@@ -31,14 +31,19 @@ def split(x: Tensor, axis: int, size: int) -> Tensor:
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
+def padded(x: Tensor, *places: int) -> Tensor:
+    """`F.pad` with zeros; without places the tensor itself, which F.pad would copy."""
+    return F.pad(x, places) if any(places) else x
+
+
 def blocks_of(x: Tensor, size: int) -> Tensor:
     """Cut [..., L] into blocks, [..., n, size]; the end of the last one is zero, or False."""
-    return split(F.pad(x, (0, -x.shape[-1] % size)), x.dim() - 1, size)
+    return split(padded(x, 0, -x.shape[-1] % size), x.dim() - 1, size)
 
 
 def token_blocks(x: Tensor, size: int) -> Tensor:
     """Cut [B, H, L, D] into blocks, [B, H, n, size, D]; the end of the last one is zero."""
-    return split(F.pad(x, (0, 0, 0, -x.shape[-2] % size)), x.dim() - 2, size)
+    return split(padded(x, 0, 0, 0, -x.shape[-2] % size), x.dim() - 2, size)
 
 
 def block_means(x: Tensor, size: int, real: Tensor | None) -> Tensor:

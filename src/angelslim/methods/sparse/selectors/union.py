@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ....base.errors import ConfigError
@@ -41,6 +40,7 @@ from .._scores import (
     column_masses,
     diagonal_sums,
     exact_rows,
+    padded,
     products,
     softmax_where,
     split,
@@ -136,7 +136,7 @@ def cell_masses(q: Tensor, k: Tensor, ctx: Context, cells: int) -> Tensor:
             allowed = allowed & filled[..., :seen]
         scores = products(mean_q[:, :, part], mean_k[:, :, :seen])
         mass = blocks_of(softmax_where(scores, allowed, all_full=filled is None), cells).sum(-1)
-        mass = F.pad(mass, (0, columns - mass.shape[3], 0, -mass.shape[2] % cells))
+        mass = padded(mass, 0, columns - mass.shape[3], 0, -mass.shape[2] % cells)
         rows.append(split(mass, 2, cells).square().mean(3).sqrt())
     return torch.cat(rows, 2)
 

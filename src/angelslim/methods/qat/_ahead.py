@@ -42,7 +42,9 @@ class Call:
 
     def __post_init__(self) -> None:
         """See what it has in common with others."""
-        shapes = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in self.tensors])
+        shapes = tuple(
+            [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in self.tensors]
+        )
         self.alike = self.function, shapes, tuple(self.settings.values())
 
     def same(self, tensors: Tensors, settings: dict[str, Any]) -> bool:
@@ -94,9 +96,7 @@ def prepare(layers: Iterable[tuple[Tensor, dict[Hashable, Call]]]) -> None:
             _compute(group[start : start + TOGETHER])
 
 
-def several(
-    *tensors: Tensor | None, of: Callable[..., Any], count: int, **settings: Any
-) -> tuple[Any, ...]:
+def several(*tensors: Tensor | None, of: Callable[..., Any], count: int, **settings: Any) -> tuple[Any, ...]:
     """Return the results of `count` calls of one function, whose tensors stand one after another."""
     each = len(tensors) // count
     return tuple([of(*tensors[place * each : (place + 1) * each], **settings) for place in range(count)])

@@ -59,7 +59,11 @@ def run(function: Callable[..., Any], compiled: bool, *tensors: Tensor | None, *
     if not compiled or torch.compiler.is_compiling():
         return function(*tensors, **settings)
     shapes = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-    key = (function, shapes, tuple(settings.values()))  # a function's keywords stand in the order of its calls
+    key = (
+        function,
+        shapes,
+        tuple(settings.values()),
+    )  # a function's keywords stand in the order of its calls
     program = _ready.get(key)
     if program is not None:
         return program(*tensors)
@@ -71,7 +75,7 @@ def run(function: Callable[..., Any], compiled: bool, *tensors: Tensor | None, *
         result = program(*tensors)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ImportError, OSError) as error:
+    except (RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError) as error:
         _broken.add(device)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         console.log.warning("Nothing compiles on this %s (%s); quantizers run uncompiled.", device, reason)

@@ -52,7 +52,9 @@ def values_and_sums(
     return values, dead.mul_(factor).to(sums)
 
 
-def dead_slopes(grad: Tensor, values: Tensor, to_sums: Tensor, *, factor: float, dtype: torch.dtype) -> Tensor:
+def dead_slopes(
+    grad: Tensor, values: Tensor, to_sums: Tensor, *, factor: float, dtype: torch.dtype
+) -> Tensor:
     """Return the gradient to the weight: that of its `values`, and through the sums ``[out]`` where these are zero."""
     wide = grad.to(dtype)
     return torch.where(values == 0, wide + (to_sums.to(dtype) * factor)[:, None], wide)

@@ -116,7 +116,7 @@ def _program(
 
 def compile_graph(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Program:
     """Return what computes the graph of tensors like `examples`: a list of tensors for tensors."""
-    found: Program = torch._inductor.compile(graph, examples)
+    found: Program = torch._inductor.compile(graph, list(examples))
     return found
 
 

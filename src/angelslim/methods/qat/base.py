@@ -122,7 +122,7 @@ def _weights(model: nn.Module) -> list[tuple[Tensor, Quantizer]]:
         own = module._modules
         if "0" in own and isinstance(own["0"], Quantizer):
             assert isinstance(module, parametrize.ParametrizationList)
-            found[id(own["0"])] = cast(Tensor, module.original), own["0"]
+            found[id(own["0"])] = module.original, own["0"]
         elif own:
             waiting.extend([child for child in own.values() if child is not None])
     return list(found.values())

@@ -15,7 +15,7 @@ from the forward to the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Call:
     function: Callable[..., Any]
     tensors: Tensors
     settings: dict[str, Any]
-    versions: list[int]
+    versions: list[int] = field(default_factory=list)
     result: Any = None  # a tensor, or a tuple of them
     used: bool = True
     alike: Hashable = None  # what calls have in common that can be computed together
@@ -73,7 +73,7 @@ def take(
         call.used = True
         return call.result
     held = tuple([t if t is None else t.detach() for t in tensors])
-    calls[function] = Call(function, held, settings, _versions(held))
+    calls[function] = Call(function, held, settings)
     return _fused.run(function, True, *tensors, **settings)
 
 

@@ -12,7 +12,8 @@ WORD = "compression.QAT.plugin_config.quant_config.special"
 
 
 def section(*overrides: str) -> SpecialQuantizer:
-    return load("seq_2bit", list(overrides)).config.compression.QAT.plugin_config.quant_config.special
+    (compression,) = load("seq_2bit", list(overrides)).config.compression
+    return compression.qat.plugin_config.quant_config.special
 
 
 def test_a_recipes_ranges_are_seqs_alone():

@@ -203,7 +203,7 @@ def measure_speed(options: argparse.Namespace) -> None:
         bench.board.post("speed-compiled" if options.compile else "speed", {**row, "environment": place})
         write_results(options, bench.board)
 
-    speed.measure(bench, rounds=options.rounds, post=post)
+    speed.measure(bench, rounds=options.rounds, post=post, deadline=Deadline(options.until))
 
 
 def write_results(options: argparse.Namespace, board: Board) -> tuple[Path, dict[str, Any]]:

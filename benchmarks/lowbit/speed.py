@@ -6,7 +6,9 @@ each model alone, everything included: masters, moments, activations.
 
 Twice: on a GPU first with layers of the width of a model of a billion parameters, the ratio that users see, then with the
 study's model, whose steps are short and so mostly launches. Quantizers are one kernel each on CUDA (`methods/qat/_fused.py`); `--compile`
-compiles the whole step of both models besides. What is measured is on disk after every method.
+compiles the whole step of both models besides. `busy` is what the GPU computes of a step by the profiler's account: a ratio
+of steps above that of these means that the program, not the GPU, is what a step waits for. What is measured is on disk after
+every method.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from angelslim.methods.qat.base import set_progress
 from angelslim.teacher.objective import objective
 
+from .board import Deadline
 from .corpus import Batches
 from .model import build
 from .runs import Bench, quantize
@@ -34,6 +37,7 @@ STEPS = 5  # steps of a turn
 ROUNDS = 15
 WIDE = Shape(2048, 4, 5632)  # layers as wide as those of a model of a billion parameters, a few of them
 WIDE_TOKENS = 8192  # of a step
+FOREVER = Deadline(None)
 
 
 class Stepper:
@@ -87,6 +91,14 @@ def peak_memory(bench: Bench, method: str) -> int | None:
     return peak
 
 
+def busy_seconds(stepper: Stepper) -> float:
+    """Return for how long of a step the GPU computes; the rest of it waits for the start of kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        stepper.steps(2)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 2e6
+
+
 def compare(bench: Bench, method: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """Return the ratios of one method's steps to plain steps; `fp` compares plain with plain."""
     plain, other = Stepper(bench, "fp"), Stepper(bench, method)
@@ -100,8 +112,10 @@ def compare(bench: Bench, method: str, rounds: int = ROUNDS) -> dict[str, Any]:
             first, second = plain.steps(STEPS), other.steps(STEPS)
         times.append((first / STEPS, second / STEPS))
     ratios = sorted(second / first for first, second in times)
+    busy = {"plain_busy": busy_seconds(plain), "busy": busy_seconds(other)} if bench.device == "cuda" else {}
     return {
         "ratio": statistics.median(ratios),
+        **busy,
         "ratios": [round(ratio, 4) for ratio in ratios],
         "plain_seconds": statistics.median(first for first, _ in times),
         "seconds": statistics.median(second for _, second in times),
@@ -113,29 +127,34 @@ def measure(
     methods: tuple[str, ...] = SPEED,
     rounds: int = ROUNDS,
     post: Callable[[dict[str, Any]], None] = lambda _row: None,
+    deadline: Deadline = FOREVER,
 ) -> dict[str, Any]:
     """Return what ``rows/speed.json`` (or speed-compiled) holds; `post` gets it after every method, as far as it is.
 
-    Wide layers come first: they are what users see.
+    Wide layers come first: they are what users see. After the deadline no other method is begun.
     """
     row: dict[str, Any] = {"kind": "speed", "method": "speed", "compile": bench.compile, "methods": {}}
     if bench.device == "cuda":
         wide = replace(bench.study, shape=WIDE, rows=WIDE_TOKENS // bench.study.length)
         row["wide"] = {"model": vars(WIDE), "tokens_a_step": WIDE_TOKENS, "methods": {}}
-        for found in measure_shape(replace(bench, study=wide), WIDE_SPEED, max(rounds // 2, 1)):
+        for found in measure_shape(replace(bench, study=wide), WIDE_SPEED, max(rounds // 2, 1), deadline):
             row["wide"] |= found
             post(row)
-    for found in measure_shape(bench, methods, rounds):
+    for found in measure_shape(bench, methods, rounds, deadline):
         row |= found
         post(row)
     return row
 
 
-def measure_shape(bench: Bench, methods: tuple[str, ...], rounds: int) -> Iterator[dict[str, Any]]:
+def measure_shape(
+    bench: Bench, methods: tuple[str, ...], rounds: int, deadline: Deadline = FOREVER
+) -> Iterator[dict[str, Any]]:
     """Yield the figures of one model after every method, those of the methods before included."""
     plain = peak_memory(bench, "fp")
     found: dict[str, Any] = {}
     for method in ("fp", *methods):
+        if deadline.left() <= 0:
+            return
         peak = peak_memory(bench, method)
         found[method] = {**compare(bench, method, rounds), "peak_bytes": peak}
         if peak is not None and plain:

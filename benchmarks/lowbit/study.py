@@ -33,7 +33,7 @@ MECHANISMS = (
     "sherry_phase",
     "twn_phase",
 )
-SPEED = ("absmean_g128", "twn", "tequila_1e-3", "sherry_cosine", "seq2", "lsq2")
+SPEED = ("absmean_g128", "tequila_1e-3", "sherry_cosine", "seq2", "twn", "lsq2")
 WIDE_SPEED = ("absmean_g128", "tequila_1e-3", "sherry_cosine", "seq2")
 VOCABULARY = 4096
 
@@ -130,6 +130,12 @@ def _methods() -> Iterable[Method]:
     yield Method("twn_phase_cakld", title, "ours", "twn", half, both)
     title = "ours: SEQ 2-bit, row, rounding phased in, CE + CAKLD"
     yield Method("seq2_phase_cakld", title, "ours", "seq", {"bits": 2, **half}, both)
+    fit = {"bits": 2, "init": "fit"}
+    title = "ours: SEQ 2-bit, row, ranges fitted, CE + CAKLD"
+    yield Method("seq2_fit_cakld", title, "ours", "seq", fit, both)
+    yield Method("seq2_fit", "ours: SEQ 2-bit, row, ranges fitted", "ours", "seq", fit, extra=True)
+    title = "ours: SEQ 2-bit, 128, ranges fitted, CE + CAKLD"
+    yield Method("seq2_fit_g128_cakld", title, "ours", "seq", {**fit, **group}, both, extra=True)
     early = {"anneal": "cosine", "ends": 0.5}
     yield Method(
         "sherry_early", "Sherry, Arenas cosine, gone at half, 128", "arenas", "sherry", early, extra=True

@@ -12,6 +12,7 @@ from .earlier import FIRST, plain_name
 from .study import DENSE, METHODS, PARTS, POST, RATES, RECOVERY, TITLES, Study
 
 Rows = Mapping[str, dict[str, Any]]
+FITTED = ("seq2_fit", "seq2_fit_cakld", "seq2_fit_g128_cakld")
 
 
 def mean_sd(values: list[float]) -> dict[str, Any]:
@@ -103,12 +104,17 @@ def differences(rows: Rows) -> list[dict[str, Any]]:
     pairs = [(one, other) for one in (*tequila, *arenas, "sherry_none") for other in ternary]
     pairs += [(one, "sherry_none") for one in arenas]
     pairs += [(one, "llmqat") for one in ternary if one != "llmqat"]
-    two = ("seq2", "seq2_cakld", "lsq2")
+    two = ("seq2", "seq2_cakld", *FITTED, "lsq2")
     pairs += [(one, other) for one in two for other in ("fp", *POST, DENSE)]
     pairs += [("seq2_cakld", "seq2"), ("seq2", "lsq2")]
     pairs += [(one, "sherry_none") for one in ("sherry_phase",)]
     pairs += [("sherry_phase", "sherry_cosine"), ("sherry_early", "sherry_cosine")]
     pairs += [("twn_phase", "twn"), ("twn_cakld", "twn"), ("twn_phase_cakld", "twn_cakld")]
+    pairs += [
+        ("seq2_fit_cakld", "seq2_cakld"),
+        ("seq2_fit", "seq2"),
+        ("seq2_fit_g128_cakld", "seq2_fit_cakld"),
+    ]
     pairs += [("seq2_phase_cakld", "seq2_cakld"), ("absmean_int8", "absmean_tensor")]
     found = []
     for one, other in pairs:
@@ -189,7 +195,7 @@ def _two_bit_bars(rows: Rows) -> list[dict[str, Any]]:
     found = []
     full = finals(rows, "fp")
     four, dense = difference(finals(rows, "int4_gptq"), full), difference(finals(rows, DENSE), full)
-    for name in ("seq2", "seq2_cakld", "seq2_phase_cakld"):
+    for name in ("seq2", "seq2_cakld", "seq2_phase_cakld", *FITTED):
         two = difference(finals(rows, name), full)
         if two and four and dense:
             place = (two["mean"] - four["mean"]) / (dense["mean"] - four["mean"])
@@ -243,7 +249,8 @@ TABLE_2_END = (
     "twn_phase",
     "twn_phase_cakld",
 )
-TABLE_1 = ("fp", DENSE, "int4_rtn", "int4_gptq", "seq2", "seq2_cakld", "seq2_phase_cakld", "lsq2", "rtn_2bit")
+TABLE_1 = ("fp", DENSE, "int4_rtn", "int4_gptq", "seq2", "seq2_cakld", "seq2_phase_cakld")
+TABLE_1_END = (*FITTED, "lsq2", "rtn_2bit")
 
 
 def tables(methods: list[dict[str, Any]]) -> str:
@@ -252,7 +259,10 @@ def tables(methods: list[dict[str, Any]]) -> str:
     second = (*TABLE_2, *TABLE_2_END, "rtn_ternary")
     return "\n\n".join(
         f"{title}\n\n{_table([by_name[name] for name in names if name in by_name])}"
-        for title, names in (("Ternary (as Table 2)", second), ("Two bits (as Table 1)", TABLE_1))
+        for title, names in (
+            ("Ternary (as Table 2)", second),
+            ("Two bits (as Table 1)", TABLE_1 + TABLE_1_END),
+        )
     )
 
 

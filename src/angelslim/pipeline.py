@@ -89,7 +89,8 @@ def run(
         record = _record(job, done, workplace, command, fingerprint)
         record.training = training
         _measure(job, workplace, record, before)
-        record.seconds = round(time.perf_counter() - started, 3)
+        before_that = float(training["seconds"]) if training else 0.0
+        record.seconds = round(time.perf_counter() - started + before_that, 3)
         record.peak_memory_bytes = peak_resident()
         _describe(job, workplace, record)
         if out.exists():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -223,6 +224,9 @@ def test_a_cut_measurement_of_speed_keeps_what_it_has(monkeypatch: pytest.Monkey
         (["fp", "twn"], ["fp", "seq2"]),
     ], "wide layers first, and every method at once"
     assert posted[-1]["wide"]["methods"]["twn"]["ratio"] == speed.WIDE.hidden
+    left = iter([1.0, 0.0, 0.0])
+    deadline = cast(Any, SimpleNamespace(left=lambda: next(left)))
+    assert list(speed.measure(bench, post=lambda _row: None, deadline=deadline)["wide"]["methods"]) == ["fp"]
 
 
 def test_a_small_study_runs_from_end_to_end(rows: tuple[Any, dict[str, Any]]) -> None:

@@ -64,6 +64,9 @@ def test_a_run_leaves_a_folder_that_opens_and_says_how_it_was_made(name, tiny_fo
     assert record.format == form and len(record.layers) == 14
     assert record.training["quantizer"] == name and len(record.training["steps"]) == 6
     assert [look["step"] for look in record.training["looks"]] == [0, 1, 2, 3, 4, 5, 6]
+    assert record.seconds > record.training["seconds"] > 0, "the whole run's time"
+    taught = {"seq_2bit": "cakld + cross entropy", "int4_qat": "kl"}
+    assert record.training["loss"] == taught.get(recipe, "cross entropy")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Cross entropy on rows that were held back" in page and "Weights of model.layers" in page
     with torch.inference_mode():

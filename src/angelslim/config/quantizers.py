@@ -45,10 +45,13 @@ def special(section: SpecialQuantizer) -> tuple[str, dict[str, Any]]:
         raise ConfigError("Sherry keeps 3 of 4 weights.", fix="Set M: 4 and N: 3, or leave them out.")
     bits = section.w_bits
     given.pop("w_bits", None)
+    start = given.pop("seq_init", None)
     inner: Any = given.pop("options", None) or {}
     options = {**given, **inner}
     if bits is not None and name in BITS:
         options.setdefault("bits", "ternary" if bits < 2 else int(bits))
+    if start is not None and name == "seq":
+        options.setdefault("init", start)
     return name, options
 
 

@@ -235,6 +235,7 @@ class SpecialQuantizer(Section):
     M: Int | None = None  # sparse N:M patterns
     N: Int | None = None
     max_eps: Number | None = None
+    seq_init: str | None = None  # ours: SEQ's option init, which no other quantizer reads
     options: dict[str, str | float | int | bool] | None = (
         None  # ours: any option of the quantizer, by its own name
     )

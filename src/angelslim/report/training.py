@@ -54,7 +54,10 @@ def _facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Trained", training["trainable"]),
         ("Loss", training["loss"]),
         ("Teacher", training["teacher"]),
-        ("Learning rate", f"{settings['lr']:g}, {settings['schedule']}, warm-up {settings['warmup']} steps"),
+        (
+            "Learning rate",
+            f"{settings['lr']:g}, {settings['schedule']}, warm-up {_steps(settings['warmup'])}",
+        ),
         (
             "Data",
             f"{training['tokens_once']:,} tokens, read {training['tokens'] / training['tokens_once']:.2f} times",
@@ -62,8 +65,15 @@ def _facts(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
 def _axes(axes: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     place(axes, 62, 14, 10, 40)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.grid(color=LINE, linewidth=1)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)

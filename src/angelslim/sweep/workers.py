@@ -101,7 +101,9 @@ def require_ray() -> Any:
 def _on_ray(workers: Workers, plan: Plan, folder: Path) -> None:
     ray = require_ray()
     started_here = not ray.is_initialized()
-    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of its own tells nobody
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, **quiet)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         task = ray.remote(num_gpus=gpus)(work)

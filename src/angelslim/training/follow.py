@@ -85,7 +85,7 @@ class Training:
         return {
             "quantizer": job.quantizer or "none (full precision)",
             "options": dict(job.options),
-            "loss": job.lessons.loss.kind,
+            "loss": _loss_name(job),
             "teacher": _teacher_name(job),
             "trainable": job.trainable,
             "tokens": tokens_of(job, self.settings),
@@ -179,6 +179,19 @@ def _compare(stored: StoredTeacher, data: Data) -> None:
             "The logits were stored for other data than dataset.data_path names: the held-back loss is of rows that "
             "may be trained on."
         )
+
+
+def _loss_name(job: TrainingJob) -> str:
+    """Say which losses are added up, those of weight 1 without it."""
+    loss = job.lessons.loss
+    if loss.kind == "lm":
+        return "cross entropy"
+    parts = (
+        (loss.kd_weight, loss.kind),
+        (loss.lm_weight, "cross entropy"),
+        (job.lessons.hidden_weight, "hidden states"),
+    )
+    return " + ".join(name if weight == 1 else f"{weight:g} x {name}" for weight, name in parts if weight)
 
 
 def _teacher_name(job: TrainingJob) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from angelslim.methods.qat import _ahead, _fused
 from angelslim.methods.qat.base import master_weight, quantizers, set_progress
 
-from .helpers import IN, NAMES, VARIANTS, inputs, quantized
+from .helpers import IN, NAMES, VARIANTS, inputs, quantized, traced
 
 LAYERS = 5
 
@@ -35,7 +35,7 @@ class Counted:
 def calls(monkeypatch):
     monkeypatch.setattr(_fused, "_ready", {})
     monkeypatch.setattr(_fused, "_broken", set())
-    monkeypatch.setattr(_fused, "BACKEND", "eager")
+    monkeypatch.setattr(_fused, "compile_graph", traced)
     counted = Counted(_fused.run)
     monkeypatch.setattr(_fused, "run", counted)
     return counted
@@ -129,12 +129,6 @@ def test_a_weight_that_is_not_the_layers_own_is_not_computed_ahead(calls):
     calls.several()
     set_progress(layers, 1, 9)
     assert not calls.several()
-
-
-def test_large_weights_are_left_alone(calls, monkeypatch):
-    monkeypatch.setattr(_ahead, "SMALL", 10)
-    trained("twn", {}, "true", steps=3)
-    assert set(calls.several()) == {"ternary_values"}
 
 
 def test_by_the_compiler_of_this_machine_too(monkeypatch):

@@ -54,6 +54,28 @@ def test_ranges_start_at_the_largest_magnitude_and_not_at_one(bits, grain):
 
 
 @widths
+@pytest.mark.parametrize("grain", GRAINS)
+def test_fitted_ranges_lose_least(bits, grain):
+    layer = made(bits, grain, init="fit")
+    weight = linear().weight.detach()
+    tiles, span = (
+        tiled(weight, GRAINS[grain]).double(),
+        quantizer_of(layer).scale.detach().double()[..., None],
+    )
+    levels = torch.tensor(LEVELS[bits], dtype=torch.float64)
+
+    def error(a):
+        return ((tiles / a)[..., None] - levels).abs().amin(-1).mul(a).square().sum(-1, keepdim=True)
+
+    largest = tiles.abs().amax(-1, keepdim=True)
+    every = torch.stack([error(largest * part / 32) for part in range(1, 33)])
+    torch.testing.assert_close(error(span), every.amin(0), rtol=1e-4, atol=0)
+    assert (span <= largest).all() and (layer.weight - weight).norm() < (
+        made(bits, grain).weight - weight
+    ).norm()
+
+
+@widths
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_ranges_gradient_is_that_of_the_emitted_levels(bits, share):
     layer = made(bits, share=share)

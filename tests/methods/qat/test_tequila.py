@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,6 +57,28 @@ def test_the_row_sums_slope_is_that_of_finite_differences():
     weight = linear().weight.detach().double()
     exact = slope(lambda w: (grad.double() * LAMBDA * (w * dead).sum(1)).sum(), weight, 1e-3)
     assert torch.allclose(master_weight(layer).grad.double(), exact, rtol=1e-4, atol=1e-7)
+
+
+def test_sums_wait_for_the_layer_and_for_nothing_else():
+    """A weight that was read alone, and has changed since, leaves no bias behind; copies have none waiting."""
+    layer = quantized("tequila", OPTIONS)
+    layer.weight  # noqa: B018 (it is computed)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        master_weight(layer).mul_(2)
+    assert torch.allclose(layer.bias, 2 * twin.bias) and twin.bias.grad_fn is not None
+    layer.weight  # noqa: B018
+    with torch.no_grad():
+        assert layer.bias.grad_fn is None
+
+
+def test_a_weight_without_its_bias_and_a_bias_without_its_weight_have_gradients():
+    alone = quantized("tequila", OPTIONS)
+    alone.weight.sum().backward()
+    assert torch.equal(master_weight(alone).grad, torch.ones(OUT, IN))
+    alone = quantized("tequila", OPTIONS)
+    alone.bias.sum().backward()
+    assert torch.allclose(master_weight(alone).grad, LAMBDA * reference()[1].float())
 
 
 def test_it_costs_one_matrix_product():

@@ -35,15 +35,14 @@ class TernaryByRule(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``."""
-        with torch.no_grad():
-            values = self.ahead(
-                ternary_values,
-                weight,
-                rule=self.rule,
-                granularity=self.granularity,
-                storage=self.scale_type,
-                dtype=product_type(weight),
-            )
+        values = self.ahead(
+            ternary_values,
+            weight,
+            rule=self.rule,
+            granularity=self.granularity,
+            storage=self.scale_type,
+            dtype=product_type(weight),
+        )
         return straight_through(weight, values)
 
     def merged(self, weight: Tensor) -> LowBit:

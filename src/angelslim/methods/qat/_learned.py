@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ...numerics.lowbit.stretched import SMALLEST
-from ...numerics.lowbit.tiles import kept
-from ...numerics.scheme import Format
+from ...numerics.lowbit.tiles import kept, tiled
+from ...numerics.scheme import Format, Granularity
 from ._quantizer import Quantizer, product_type
-from ._straight import straight_through
 
 TERNARY = Format("ternary", "int", 2, -1, 1)
 
@@ -37,64 +36,96 @@ def rounded(u: Tensor, grid: Format) -> Tensor:
     return u.clamp(grid.low, grid.high).to(torch.float8_e4m3fn).to(u.dtype)
 
 
-def stepped(tiles: Tensor, scale: Tensor, shift: Tensor | None, *, name: str, dtype: torch.dtype) -> Tensor:
-    """Return ``a q + y`` in `dtype`; `name` is a key of `GRIDS`."""
-    values = rounded(_position(tiles, scale, shift), GRIDS[name]).mul_(scale)
-    if shift is not None:
-        values.add_(shift)
-    return values.to(dtype)
+def stepped(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    *,
+    grain: Granularity,
+    name: str,
+    storage: torch.dtype | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return ``a q + y`` in `dtype` of a weight ``[out, in]``; a and y are ``[down, across]``, `name` a key of `GRIDS`."""
+    tiles, step, offset = _parts(weight, scale, shift, grain, storage)
+    values = rounded(_position(tiles, step, offset), GRIDS[name]).mul_(step)
+    if offset is not None:
+        values.add_(offset)
+    return values.to(dtype).view(weight.shape)
 
 
 def stepped_slopes(
-    tiles: Tensor,
+    weight: Tensor,
     scale: Tensor,
     shift: Tensor | None,
     grad: Tensor,
     *,
+    grain: Granularity,
     name: str,
+    storage: torch.dtype | None,
     asked: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of `stepped` to tiles, scale and shift, those of them that are `asked` for."""
-    grid, grad = GRIDS[name], grad.to(tiles.dtype)
-    u = _position(tiles, scale, shift)
+    """Return the gradients of `stepped` to weight, scale and shift, those of them that are `asked` for."""
+    grid = GRIDS[name]
+    tiles, step, offset = _parts(weight, scale, shift, grain, storage)
+    grad = grad.to(tiles.dtype).reshape(tiles.shape)
+    u = _position(tiles, step, offset)
     outside = (u < grid.low) | (u > grid.high)
-    to_tiles = to_scale = to_shift = None
+    to_weight = to_scale = to_shift = None
     if asked[0]:
-        to_tiles = grad.masked_fill(outside, 0.0)
+        to_weight = grad.masked_fill(outside, 0.0).view(weight.shape)
     if asked[1]:
         slope = rounded(u, grid).sub_(u.masked_fill_(outside, 0.0))
-        to_scale = slope.mul_(grad).sum(-1, keepdim=True) / math.sqrt(tiles.numel() * grid.high)
+        to_scale = slope.mul_(grad).sum(-1) / math.sqrt(tiles.numel() * grid.high)
     if shift is not None and asked[2]:
-        to_shift = grad.sum(-1, keepdim=True)
-    return to_tiles, to_scale, to_shift
+        to_shift = grad.sum(-1)
+    return to_weight, to_scale, to_shift
+
+
+def stored_step(scale: Tensor, storage: torch.dtype | None) -> Tensor:
+    """Return the scales as a file will hold them, in float32."""
+    return kept(scale.float().clamp(min=SMALLEST), storage)
+
+
+def _parts(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, grain: Granularity, storage: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return tiles ``[down, across, size]``, and steps and shifts ``[down, across, 1]`` as they will be stored."""
+    offset = None if shift is None else kept(shift.float(), storage)[..., None]
+    return tiled(weight, grain).float(), stored_step(scale, storage)[..., None], offset
+
+
+def _position(tiles: Tensor, step: Tensor, shift: Tensor | None) -> Tensor:
+    """Return u, in a tensor of its own."""
+    return tiles / step if shift is None else (tiles - shift).div_(step)
 
 
 class LearnedStep(torch.autograd.Function):
-    """``a q + y`` for tiles ``[down, across, size]``, a and y ``[down, across, 1]`` in float32."""
+    """``a q + y``: the given values forward; rounding a and y to what is stored counts as the identity backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, tiles: Tensor, scale: Tensor, shift: Tensor | None, name: str, dtype: torch.dtype, run: Any
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        values: Tensor,
+        settings: dict[str, Any],
+        run: Any,
     ) -> Tensor:
-        """Return the values in `dtype`; `name` is a key of `GRIDS`, `run` computes pure functions."""
-        ctx.save_for_backward(tiles, scale, shift)
-        ctx.name, ctx.run = name, run
-        return cast(Tensor, run(stepped, tiles, scale, shift, name=name, dtype=dtype))
+        """Return the values; `run` computes `stepped_slopes` with `settings`."""
+        ctx.save_for_backward(weight, scale, shift)
+        ctx.settings, ctx.run = settings, run
+        return values.detach()
 
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Return the three gradients that are asked for."""
-        tiles, scale, shift = ctx.saved_tensors
         asked = tuple(ctx.needs_input_grad[:3])
-        found = ctx.run(stepped_slopes, tiles, scale, shift, grads[0], name=ctx.name, asked=asked)
+        found = ctx.run(stepped_slopes, *ctx.saved_tensors, grads[0], **ctx.settings, asked=asked)
         return *found, None, None, None
-
-
-def _position(tiles: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """Return u, in a tensor of its own."""
-    return tiles / scale if shift is None else (tiles - shift).div_(scale)
 
 
 GRIDS: dict[str, Format] = {
@@ -123,18 +154,17 @@ class LearnedScale(Quantizer):
         self.scale = nn.Parameter(first.float().clamp(min=SMALLEST).contiguous())
 
     def step(self) -> Tensor:
-        """Return the scales as they will be stored, ``[down, across, 1]``; rounding them is the identity backward."""
-        with torch.no_grad():
-            stored = kept(self.scale.float().clamp(min=SMALLEST), self.scale_type)
-        return straight_through(self.scale, stored)[..., None]
+        """Return the scales as they will be stored, ``[down, across, 1]``."""
+        return stored_step(self.scale.detach(), self.scale_type)[..., None]
 
-    def shifted(self) -> Tensor | None:
-        """Return the shift of each tile ``[down, across, 1]``, where there is one."""
+    def moved(self) -> nn.Parameter | None:
+        """Return the shifts ``[down, across]``, where there are any."""
         return None
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``a q + y``."""
-        values = LearnedStep.apply(  # type: ignore[no-untyped-call]
-            self.tiles(weight), self.step(), self.shifted(), self.grid, product_type(weight), self.run
-        )
-        return cast(Tensor, values).view(weight.shape)
+        scale, shift = self.scale, self.moved()
+        settings = {"grain": self.granularity, "name": self.grid, "storage": self.scale_type}
+        values = self.ahead(stepped, weight, scale, shift, **settings, dtype=product_type(weight))
+        found = LearnedStep.apply(weight, scale, shift, values, settings, self.run)  # type: ignore[no-untyped-call]
+        return cast(Tensor, found)

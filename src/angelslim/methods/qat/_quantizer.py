@@ -8,7 +8,7 @@ One object is made from a recipe's options, which checks them; `base.attach` cop
 `start` with the layer's weight. What is computed is computed in float32 and handed over in the type of the matrix
 product, which under autocast is the only tensor of the weight's size that stays until the backward pass.
 
-Rounding may be phased in (`_phase`), and its chains of operations may be compiled (`_fused`), those of small layers several
+Rounding may be phased in (`_phase`), and its chains of operations may be compiled (`_fused`), those of several layers
 at a time (`_ahead`): options of every quantizer.
 """
 
@@ -92,11 +92,14 @@ class Quantizer(nn.Module):
         )
 
     def ahead(self, function: Callable[..., Any], *tensors: Tensor | None, **settings: Any) -> Any:
-        """Compute like `run` what depends on parameters and buffers alone: it may have been computed before the step."""
-        weight = next(tensor for tensor in tensors if tensor is not None)
-        if self.training and _fused.wanted(self.compiling, weight):
+        """Compute like `run` what depends on parameters and buffers alone: it may have been computed before the step.
+
+        The first tensor is the weight.
+        """
+        if self.training and tensors[0] is not None and _fused.wanted(self.compiling, tensors[0]):
             return _ahead.take(self.calls, function, *tensors, **settings)
-        return function(*tensors, **settings)
+        with torch.no_grad():
+            return function(*tensors, **settings)
 
     def join(self, linear: nn.Linear) -> None:
         """Change more of the layer than its weight, after `start`."""

@@ -15,7 +15,7 @@ class StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, values: Tensor) -> Tensor:
         """Return `values` as they are; ``source + (values - source)`` would not be exact."""
         ctx.dtype = source.dtype
-        return values.view_as(values)
+        return values.detach()  # an alias, on which autograd may write its history
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

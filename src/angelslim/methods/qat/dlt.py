@@ -18,7 +18,6 @@ from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.ternary import twn
 from ...numerics.lowbit.tiles import by_row, kept
 from ._learned import TERNARY, LearnedScale, rounded
-from ._straight import straight_through
 
 
 class DualLearnable(LearnedScale):
@@ -37,16 +36,14 @@ class DualLearnable(LearnedScale):
         super().start(weight)
         self.shift = nn.Parameter(torch.zeros_like(self.scale))
 
-    def shifted(self) -> Tensor:
-        """Return the shifts as they will be stored."""
-        with torch.no_grad():
-            stored = kept(self.shift.float(), self.scale_type)
-        return straight_through(self.shift, stored.clone())[..., None]
+    def moved(self) -> nn.Parameter:
+        """Return the shifts."""
+        return self.shift
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes, scales and shifts."""
         with torch.no_grad():
-            scale, shift = self.step(), self.shifted()
+            scale, shift = self.step(), kept(self.shift.float(), self.scale_type)[..., None]
             codes = rounded((self.tiles(weight) - shift).div_(scale), TERNARY)
             codes = codes.to(torch.int8).view(weight.shape)
             rows = len(codes)

@@ -55,15 +55,14 @@ class MinMax(TernaryByRule):
         """Return ``scale * code``."""
         if self.bits == 2:
             return super().quantized(weight)
-        with torch.no_grad():
-            values = self.ahead(
-                minmax_values,
-                weight,
-                granularity=self.granularity,
-                top=self.top,
-                storage=self.scale_type,
-                dtype=product_type(weight),
-            )
+        values = self.ahead(
+            minmax_values,
+            weight,
+            granularity=self.granularity,
+            top=self.top,
+            storage=self.scale_type,
+            dtype=product_type(weight),
+        )
         return straight_through(weight, values)
 
     def merged(self, weight: Tensor) -> LowBit:

@@ -57,13 +57,14 @@ class Residual(torch.autograd.Function):
         """Return the values, which have the addition already; e is a tensor ``[]``."""
         ctx.save_for_backward(share)
         ctx.dtype = weight.dtype
-        return values.view_as(values)
+        return values.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Hand the gradient of both terms to the weight."""
         (share,) = ctx.saved_tensors
-        return grads[0].to(ctx.dtype) * (1 + share).to(ctx.dtype), None, None
+        grad = grads[0].to(ctx.dtype)
+        return torch.addcmul(grad, grad, share.to(ctx.dtype)), None, None
 
 
 class Sherry(Quantizer):
@@ -100,15 +101,14 @@ class Sherry(Quantizer):
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``, and e times the weight more while training."""
         share = self.share if self.training and self.anneal != "none" else None
-        with torch.no_grad():
-            values = self.ahead(
-                sparse_values,
-                weight,
-                share,
-                granularity=self.granularity,
-                storage=self.scale_type,
-                dtype=product_type(weight),
-            )
+        values = self.ahead(
+            sparse_values,
+            weight,
+            share,
+            granularity=self.granularity,
+            storage=self.scale_type,
+            dtype=product_type(weight),
+        )
         if share is None:
             return straight_through(weight, values)
         return cast(Tensor, Residual.apply(weight, values, share))  # type: ignore[no-untyped-call]

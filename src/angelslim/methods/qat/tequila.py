@@ -26,41 +26,63 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...numerics.lowbit.record import LowBit
-from ...numerics.lowbit.ternary import absmean, dead_zone
-from ...numerics.scheme import per_group
+from ...numerics.lowbit.ternary import absmean, dead_zone, ternary_codes
+from ...numerics.lowbit.tiles import kept, tiled
+from ...numerics.scheme import Granularity, per_group
 from ._anneal import strength
 from ._fixed import TernaryByRule
 from ._options import choice, number
-from ._quantizer import COMMON
+from ._quantizer import COMMON, product_type
 
 
-def dead_sums(tiles: Tensor, *, rows: int, factor: float) -> tuple[Tensor, Tensor]:
-    """Return ``factor`` times the sum of each row's dead weights ``[rows]``, and the threshold ``[down, across, 1]``."""
-    threshold = absmean(tiles)[0]
-    return (tiles * dead_zone(tiles, threshold)).view(rows, -1).sum(1).mul_(factor), threshold
+def values_and_sums(
+    weight: Tensor,
+    *,
+    grain: Granularity,
+    storage: torch.dtype | None,
+    dtype: torch.dtype,
+    factor: float,
+    sums: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return ternary values ``[out, in]`` in `dtype`, and `factor` times the sum of each row's dead weights in `sums`."""
+    tiles = tiled(weight, grain).float()
+    threshold, scale = absmean(tiles)
+    values = ternary_codes(tiles, threshold).mul_(kept(scale, storage)).to(dtype).view(weight.shape)
+    dead = (tiles * dead_zone(tiles, threshold)).view(weight.shape).sum(1)
+    return values, dead.mul_(factor).to(sums)
 
 
-def dead_slopes(tiles: Tensor, threshold: Tensor, grad: Tensor, *, factor: float) -> Tensor:
-    """Return the gradient of `dead_sums` to the tiles, from that of the sums ``[rows]``."""
-    dead = dead_zone(tiles, threshold).view(len(grad), -1)
-    return (dead * (grad * factor)[:, None]).view(tiles.shape)
+def dead_slopes(
+    grad: Tensor, values: Tensor, to_sums: Tensor, *, factor: float, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient to the weight: that of its `values`, and through the sums ``[out]`` where these are zero."""
+    wide = grad.to(dtype)
+    return torch.where(values == 0, wide + (to_sums.to(dtype) * factor)[:, None], wide)
 
 
-class DeadSum(torch.autograd.Function):
-    """``factor * sum of a row's dead weights``: ``[out]`` in float32, from tiles ``[down, across, size]``."""
+class SpeakingDead(torch.autograd.Function):
+    """Values and sums as they are given; backward one pass over the gradient serves both."""
 
     @staticmethod
-    def forward(ctx: Any, tiles: Tensor, rows: int, factor: float, run: Any) -> Tensor:
-        """Sum over the dead weights of each row."""
-        total, threshold = run(dead_sums, tiles, rows=rows, factor=factor)
-        ctx.save_for_backward(tiles, threshold)
-        ctx.factor, ctx.run = factor, run
-        return cast(Tensor, total)
+    def forward(
+        ctx: Any, weight: Tensor, values: Tensor, sums: Tensor, factor: float, run: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return values and sums; `run` computes `dead_slopes`."""
+        ctx.save_for_backward(values)
+        ctx.set_materialize_grads(False)
+        ctx.dtype, ctx.factor, ctx.run = weight.dtype, factor, run
+        return values.detach(), sums.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """Each dead weight gets the factor times its row's gradient; which are dead is computed again."""
-        return ctx.run(dead_slopes, *ctx.saved_tensors, grads[0], factor=ctx.factor), None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        """Each weight gets its value's gradient, a dead one the factor times its row's more."""
+        (values,) = ctx.saved_tensors
+        grad, to_sums = grads
+        if to_sums is None:
+            return None if grad is None else grad.to(ctx.dtype), None, None, None, None
+        grad = torch.zeros_like(values) if grad is None else grad
+        found = ctx.run(dead_slopes, grad, values, to_sums, factor=ctx.factor, dtype=ctx.dtype)
+        return found, None, None, None, None
 
 
 class DeadSigns(torch.autograd.Function):
@@ -79,6 +101,26 @@ class DeadSigns(torch.autograd.Function):
         return grads[0] * factor * dead_zone(tiles, threshold), None, None
 
 
+class Waiting:
+    """Sums that were computed with a weight and wait for the layer to ask for them; no copy of a layer has them."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.of: tuple[Any, ...] = ()
+
+    def __deepcopy__(self, memo: object) -> Waiting:
+        return Waiting()
+
+    def put(self, weight: Tensor, sums: Tensor) -> None:
+        """Keep the sums of `weight` as it is now."""
+        self.sums, self.of = sums, (weight.data_ptr(), weight._version, torch.is_grad_enabled())
+
+    def take(self, weight: Tensor) -> Tensor | None:
+        """Return the sums, once, where they are those of `weight` as it is now."""
+        sums, self.sums = self.sums, None
+        return sums if self.of == (weight.data_ptr(), weight._version, torch.is_grad_enabled()) else None
+
+
 class DeadZoneBias(nn.Module):
     """The parametrization of the layer's bias that adds the row sums; its own bias stays what it is."""
 
@@ -91,7 +133,8 @@ class DeadZoneBias(nn.Module):
         linear, quantizer = self.owner
         if not quantizer.enabled:
             return bias
-        return bias + quantizer.dead_sum(_master(linear)).to(bias.dtype)
+        sums = quantizer.dead_sum(_master(linear))
+        return sums if quantizer.alone else bias + sums.to(bias.dtype)
 
 
 class Tequila(TernaryByRule):
@@ -105,15 +148,43 @@ class Tequila(TernaryByRule):
         self.peak = number(options, "lambda", 1e-3, 0.0, 1.0)
         self.merges = choice(options, "variant", "bias", ("bias", "reactivation")) == "bias"
         self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.alone = False  # whether the layer has no bias of its own
+        self.waiting = Waiting()
         # A buffer: a number would make a compiled model compile again at each step.
         self.register_buffer("factor", torch.tensor(self.peak), persistent=not self.merges)
 
     rule = "absmean"
 
+    def quantized(self, weight: Tensor) -> Tensor:
+        """Return ``scale * t``; the row sums, which the layer asks for next, are kept until then."""
+        if not self.merges:
+            return super().quantized(weight)
+        values, sums = self._both(weight)
+        if not torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
+            self.waiting.put(weight, sums)
+        return values
+
     def dead_sum(self, weight: Tensor) -> Tensor:
-        """Return lambda times the sums of the rows' dead weights, float32 ``[out]``, differentiable."""
-        found = DeadSum.apply(self.tiles(weight), len(weight), self.peak, self.run)  # type: ignore[no-untyped-call]
-        return cast(Tensor, found)
+        """Return lambda times the sums of the rows' dead weights, ``[out]``, differentiable.
+
+        A linear layer reads its weight and then its bias: the sums were computed with the weight.
+        """
+        sums = None if torch.compiler.is_compiling() else self.waiting.take(weight)
+        return self._both(weight)[1] if sums is None else sums
+
+    def _both(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        kind = product_type(weight)
+        values, sums = self.ahead(
+            values_and_sums,
+            weight,
+            grain=self.granularity,
+            storage=self.scale_type,
+            dtype=kind,
+            factor=self.peak,
+            sums=kind if self.alone else torch.float32,
+        )
+        found = SpeakingDead.apply(weight, values, sums, self.peak, self.run)  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], found)
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales, and the bias where there is one."""
@@ -121,7 +192,9 @@ class Tequila(TernaryByRule):
         if not self.merges:
             return record
         with torch.no_grad():
-            return replace(record, bias=self.dead_sum(weight))
+            settings: dict[str, Any] = {"grain": self.granularity, "storage": self.scale_type}
+            settings |= {"dtype": weight.dtype, "factor": self.peak, "sums": torch.float32}
+            return replace(record, bias=values_and_sums(weight, **settings)[1])
 
     def progress(self, step: int, steps: int) -> None:
         """Let the older form fade."""
@@ -135,6 +208,7 @@ class Tequila(TernaryByRule):
             self.handle = linear.register_forward_hook(self._react)
             return
         if linear.bias is None:
+            self.alone = True
             del linear.bias
             weight = _master(linear)
             linear.register_buffer("bias", torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))

@@ -46,26 +46,27 @@ def require_fours(columns: int) -> None:
 
 
 def zero_lanes(magnitudes: Tensor) -> Tensor:
-    """Return a mask ``[..., 4]`` with exactly one True in each four: the smallest, the first of equals."""
-    least = magnitudes == magnitudes.amin(-1, keepdim=True)
-    taken = least[..., 0].clone()
-    for lane in range(1, FOUR):
-        # Only ties reach this: argmin over four elements says the same several times slower.
-        least[..., lane] &= ~taken
-        taken |= least[..., lane]
-    return least
+    """Return a mask ``[..., 4]`` with exactly one True in each four: the smallest, the first of equals.
+
+    Comparisons of lanes rather than a minimum: a compiler can make one kernel of them, and they decide ties.
+    """
+    lanes = magnitudes.unbind(-1)
+    least = []
+    for lane, size in enumerate(lanes):
+        behind = [size <= other for other in lanes[lane + 1 :]]
+        smallest = [size < other for other in lanes[:lane]] + behind
+        least.append(smallest[0] & smallest[1] & smallest[2])
+    return torch.stack(least, -1)
 
 
 def signs34(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes -1, 0, 1 in the type of `tiles`, scale ``[down, across, 1]``) of ``[down, across, size]``."""
     magnitudes = tiles.abs()
-    fours = magnitudes.view(*magnitudes.shape[:-1], -1, FOUR)
-    zero = zero_lanes(fours)
-    scale = fours.masked_fill_(zero, 0.0).sum((-2, -1)) / (KEPT * tiles.shape[-1])
-    codes = (
-        (tiles < 0).to(tiles.dtype).mul_(-2).add_(1)
-    )  # torch.where takes four times as long on a processor
-    return codes.masked_fill_(zero.view(tiles.shape), 0.0), scale[..., None]
+    zero = zero_lanes(magnitudes.view(*tiles.shape[:-1], -1, FOUR)).view(tiles.shape)
+    scale = magnitudes.masked_fill_(zero, 0.0).sum(-1, keepdim=True) / (KEPT * tiles.shape[-1])
+    # torch.where takes four times as long on a processor.
+    codes = (tiles < 0).to(tiles.dtype).mul_(-2).add_(1)
+    return codes.masked_fill_(zero, 0.0), scale
 
 
 def is_encodable(codes: Tensor) -> bool:

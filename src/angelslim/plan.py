@@ -20,6 +20,7 @@ from .job import Job, Unit
 from .models.experts import streamable
 from .models.loading import Source
 from .models.outline import file_of
+from .models.outside import before_blocks_bytes
 from .models.select import Layer, groups_by_linear
 from .models.structure import Group
 from .numerics.error import error_of
@@ -146,6 +147,11 @@ def _unit_memory(job: Job, unit: Unit) -> int:
     chosen = {layer.tensor for layer in layers}
     kept = sum(tensors[name].nbytes for name in unit.tensors if name not in chosen)
     result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in layers)
+    if unit.block is None and job.calibrates:
+        towers = [layer for layer in layers if layer.module and job.source.structure.tower_of(layer.module)]
+        groups = {str(layer.module): Group(None, (str(layer.module),)) for layer in towers}
+        awake = before_blocks_bytes(job.source) if towers and job.config.dataset.name != "TextDataset" else 0
+        return result + awake + _piece_memory(job, layers, groups if awake else {})
     if unit.block is None or not job.calibrates:
         return result + _piece_memory(job, layers, {})
     block = job.source.structure.blocks[unit.block]

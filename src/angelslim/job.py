@@ -19,7 +19,7 @@ from . import __version__
 from .base import parallel
 from .base.console import chose, log
 from .base.errors import ConfigError, DataError, ModelError, ResourceError, SchemeError
-from .base.memory import return_large_blocks
+from .base.memory import keep_few_kernels, return_large_blocks
 from .config.quantization import Quantization
 from .config.recipe import Resolved
 from .config.schema import Config
@@ -130,6 +130,7 @@ class Job:
 def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     """Make every choice of a run; refuse what cannot be done."""
     return_large_blocks()
+    keep_few_kernels()
     parallel.start()
     config = resolved.config
     if not isinstance(config, Config):

@@ -1,6 +1,7 @@
 """Freed tensors go back to the system: the resident size of a child process is read, not timed."""
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,39 @@ def test_the_collector_pauses_and_leaves_alone_what_was_loaded():
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+SIZES = """
+import os, sys, torch
+from angelslim.base.memory import keep_few_kernels, return_large_blocks, trim
+return_large_blocks()
+if sys.argv[1] == "few":
+    keep_few_kernels()
+def resident():
+    trim()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+linear = torch.nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+with torch.no_grad():
+    for rows in range(2, 82):
+        linear(torch.ones(rows, 512, dtype=torch.bfloat16))
+    before = resident()
+    for rows in range(82, 482):
+        linear(torch.ones(rows, 512, dtype=torch.bfloat16))
+print(resident() - before)
+"""
+
+
+def test_products_of_ever_new_sizes_pile_up_half_as_much():
+    grown = {
+        how: int(subprocess.run([sys.executable, "-c", SIZES, how], capture_output=True, check=True).stdout)
+        for how in ("many", "few")
+    }
+    assert grown["few"] <= max(0.75 * grown["many"], 2**23), (
+        grown
+    )  # nothing grows where no kernel is compiled
+
+
+def test_what_the_user_says_of_kernels_stays(monkeypatch):
+    monkeypatch.setenv(memory.KERNELS, "5")
+    memory.keep_few_kernels()
+    assert os.environ[memory.KERNELS] == "5"

@@ -29,6 +29,7 @@ from .numerics.scales import SCALE_BITS
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
 WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
+COMPILED = 110 * 2**20  # what oneDNN keeps for experts, whose numbers of tokens are ever new ones (`base.memory`)
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 
 
@@ -132,7 +133,8 @@ def peak_memory(job: Job) -> int:
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
     mixture = any(job.calibrates and streamable(job.source, block) for block in job.source.structure.blocks)
     libraries = LIBRARIES if job.calibrates or job.rewrites or not _remembers(job) else WITHOUT_NETWORK
-    return libraries + worst + activations + (2 * activation_bytes(job) if mixture else 0)
+    compiled = COMPILED if job.device.type == "cpu" else 0
+    return libraries + worst + activations + (2 * activation_bytes(job) + compiled if mixture else 0)
 
 
 def _remembers(job: Job) -> bool:

@@ -29,7 +29,9 @@ from .numerics.scales import SCALE_BITS
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
 WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
-COMPILED = 110 * 2**20  # what oneDNN keeps for experts, whose numbers of tokens are ever new ones (`base.memory`)
+COMPILED = (
+    110 * 2**20
+)  # what oneDNN keeps for experts, whose numbers of tokens are ever new ones (`base.memory`)
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from angelslim import pipeline
 from angelslim.base.errors import DataError, SchemeError
 from angelslim.data.multimodal import multimodal_samples
 from angelslim.export._checkpoint import QuantizedCheckpoint, open_any
+from angelslim.job import units_of
 from angelslim.methods.ptq._shared import round_weight
 from angelslim.models.loading import Source, open_model
 from angelslim.models.towers import TowerRunner
 from angelslim.numerics.compensate import Hessian, output_error
-from families import audio_processor, image_processor, random_model, save_random
+from families import audio_processor, image_processor, random_model, save_random, with_image
 from tiny import job_for
 
 IMAGES = ("dataset.name=MultiModalDataset", "dataset.num_samples=3", "dataset.max_seq_length=200")
@@ -170,3 +172,34 @@ def test_conversations_without_images_are_noticed_before_any_work(tmp_path):
     with pytest.raises(DataError, match=r"No calibration sample reaches 14 layers of towers"):
         pipeline.run(job, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_towers_whose_patches_have_no_batch_are_watched_too(family, tmp_path):
+    """Their hidden states are ``[patches, hidden]``, and the merger between tower and decoder is part of the tower."""
+    model = save_random(family, tmp_path / "model")
+    source, sample = open_model(tmp_path / "model"), with_image(family)
+    linears = {name for name in source.structure.linears if source.structure.tower_of(name)}
+    runner, seen = TowerRunner(source, [sample], CPU), dict[str, torch.Tensor]()
+    with runner.awake():
+        groups = runner.groups()
+        runner.run({name: partial(seen.__setitem__, name) for name in groups}, keep=False)
+    assert groups.keys() == linears and len(linears) >= 8
+    wanted = inputs_of(model, {name: name for name in linears}, [sample])
+    for name in linears:
+        torch.testing.assert_close(seen[name], wanted[name], atol=1e-5, rtol=1e-5)
+    gates = {name for name in linears if name.endswith("gate_proj")}
+    assert all(groups[name].linears == (name, name.replace("gate", "up")) for name in gates)
+    assert len(gates) == (2 if family == "qwen2_5_vl" else 0)
+
+
+def test_what_belongs_to_one_block_of_a_tower_is_one_portion(tmp_path):
+    save_random("llava", tmp_path / "model")
+    units = units_of(open_model(tmp_path / "model"), outside_bytes=1)
+    portions = [unit.tensors for unit in units if unit.block is None]
+    for index in (0, 1):
+        inside = [names for names in portions if any(f"encoder.layers.{index}." in name for name in names)]
+        assert len(inside) == 1 and len(inside[0]) == 16
+    assert sorted(name for unit in units for name in unit.tensors) == sorted(
+        open_model(tmp_path / "model").checkpoint.tensors
+    )

@@ -38,8 +38,9 @@ ENCODER = {
     "image_size": 16,
     "patch_size": 4,
 }
+IMAGE = 90
 VISION_IDS = {
-    "image_token_id": 90,
+    "image_token_id": IMAGE,
     "video_token_id": 91,
     "vision_start_token_id": 92,
     "vision_end_token_id": 93,
@@ -135,6 +136,29 @@ def save_random(family: str, folder: Path, **changes: Any) -> Any:
     model = random_model(family, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def with_image(family: str) -> dict[str, torch.Tensor]:
+    """Ids with one picture of 16 patches, and its pixels, as the family wants them."""
+    generator = torch.Generator().manual_seed(2)
+    if family == "llava":
+        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
+        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
+    if family == "qwen2_audio":
+        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
+        features = torch.randn(1, 16, 64, generator=generator)
+        return {
+            "input_ids": ids,
+            "input_features": features,
+            "feature_attention_mask": torch.ones(1, 64, dtype=torch.long),
+        }
+    ids = torch.tensor([[5, 92, *[IMAGE] * 4, 93, 7, 8, 9]])
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(16, 96, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+    }
 
 
 def _letters(marker: str) -> Any:

@@ -30,7 +30,9 @@ EAGER, AS_FOUND = f"{SWITCHES}.lepto_margin=0", f"{SWITCHES}.lepto_accept=none"
 
 def test_only_a_smaller_divergence_is_accepted():
     assert Verdict(0.1, 0.2).accepted and not Verdict(0.2, 0.1).accepted and not Verdict(0.1, 0.1).accepted
-    assert Verdict(0.1, 0.2).to_dict() == {"searched_kl": 0.1, "plain_kl": 0.2, "accepted": True}
+    assert Verdict(0.1, 0.2).to_dict() == {
+        "searched_kl": 0.1, "plain_kl": 0.2, "seen": 1.0, "accepted": True,
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- the verdict
@@ -80,7 +82,18 @@ def test_both_divergences_are_those_of_the_whole_models(factor, static, tiny_fol
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     assert found.searched == pytest.approx(divergence(model, tensors, scales, ids), rel=1e-3)
     assert found.plain == pytest.approx(divergence(model, tensors, scales | other, ids), rel=1e-3)
-    assert found.accepted and found.plain > 1.2 * found.searched
+    assert found.accepted and found.plain > 1.2 * found.searched and found.seen == 1
+
+
+def test_scales_that_lose_the_first_look_get_no_second(static, tiny_folder, tmp_path):
+    folder, tensors, scales, ids = static
+    checkpoint = open_quantized(folder, load_config(folder, False))
+    checkpoint.dtype = torch.float32
+    given = {name: torch.tensor([[scale]]) for name, scale in scales.items()}
+    lost = try_scales(open_model(tiny_folder), checkpoint, given, ids, tmp_path, 1 << 30, CPU)
+    assert not lost.accepted and lost.seen == pytest.approx(2 / 6)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    assert lost.searched == pytest.approx(divergence(model, tensors, scales, ids[:2]), rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

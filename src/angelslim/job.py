@@ -19,7 +19,7 @@ from . import __version__
 from .base import parallel
 from .base.console import chose, log
 from .base.errors import ConfigError, DataError, ModelError, ResourceError, SchemeError
-from .base.memory import return_large_blocks
+from .base.memory import keep_few_kernels, return_large_blocks
 from .config.quantization import Quantization
 from .config.recipe import Resolved
 from .config.schema import Config
@@ -130,6 +130,7 @@ class Job:
 def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
     """Make every choice of a run; refuse what cannot be done."""
     return_large_blocks()
+    keep_few_kernels()
     parallel.start()
     config = resolved.config
     if not isinstance(config, Config):
@@ -161,7 +162,7 @@ def prepare(resolved: Resolved, model: str | Path | None = None) -> Job:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
     shown = () if rounds else selection.layers
     if rounds:
-        _check_static(source, selection)
+        _check_static(source, selection, config.dataset.name)
         format_name, exporter, selection = _formatted(selection, quantization.format)
     else:
         format_name, exporter = "dense", DENSE
@@ -276,12 +277,18 @@ def _check_inputs(config: Config) -> None:
             )
 
 
-def _check_static(source: Source, selection: Selection) -> None:
-    """Refuse static activation scales where the calibration has no input to look at."""
+def _check_static(source: Source, selection: Selection, data: str) -> None:
+    """Refuse static activation scales where the calibration, with that kind of data, has no input to look at."""
     static = [layer for layer in selection.layers if layer.scheme.needs_data]
     if not static:  # what follows takes the network, which a run without data can do without
         return
-    outside = [layer.name for layer in static if layer.block is None]
+    towers = [layer for layer in static if layer.module and source.structure.tower_of(layer.module)]
+    if towers and data == "TextDataset":
+        raise SchemeError(
+            f"{towers[0].name!r} lies in a tower: texts give it no input to choose a static activation scale from.",
+            fix="Use dataset.name: MultiModalDataset or AudioDataset, a dynamic scheme, or quant_vit: false.",
+        )
+    outside = [layer.name for layer in static if layer.block is None and layer not in towers]
     if outside:
         raise SchemeError(
             f"{outside[0]!r} lies outside the blocks and cannot get a static activation scale.",
@@ -344,19 +351,38 @@ def device_of(wanted: str | None) -> torch.device:
 def units_of(source: Source, outside_bytes: int = 256 * 2**20) -> tuple[Unit, ...]:
     """Return the pieces of the output: a block each, and what lies outside in portions."""
     blocks: dict[int, list[str]] = {}
-    outside: list[list[str]] = [[]]
-    filled = 0
-    for tensor, info in source.checkpoint.tensors.items():
+    parts: dict[
+        str, list[str]
+    ] = {}  # what lies outside; linears of one block of a tower are rounded together
+    for tensor in source.checkpoint.tensors:
         target = source.targets.get(tensor)
         block = source.structure.block_of(target.parameter) if target else None
         if block is not None:
             blocks.setdefault(block, []).append(tensor)
-            continue
-        if outside[-1] and filled + info.nbytes > outside_bytes:
+        else:
+            part = _part_of(target.parameter) if target else ""
+            parts.setdefault(part or tensor, []).append(tensor)
+    outside: list[list[str]] = [[]]
+    filled = 0
+    for names in parts.values():
+        size = sum(source.checkpoint.tensors[name].nbytes for name in names)
+        if outside[-1] and filled + size > outside_bytes:
             outside.append([])
             filled = 0
-        outside[-1].append(tensor)
-        filled += info.nbytes
+        outside[-1] += names
+        filled += size
     units = [Unit(f"block-{index:05d}", index, tuple(names)) for index, names in sorted(blocks.items())]
     units += [Unit(f"outside-{i:05d}", None, tuple(names)) for i, names in enumerate(outside) if names]
     return tuple(units)
+
+
+def _part_of(parameter: str) -> str:
+    """Return a path up to its last number, such as a block of a tower; empty without one.
+
+    >>> _part_of("visual.blocks.3.attn.qkv.weight")
+    'visual.blocks.3'
+    """
+    parts = parameter.split(".")
+    return ".".join(
+        parts[: max((place + 1 for place, part in enumerate(parts) if part.isdigit()), default=0)]
+    )

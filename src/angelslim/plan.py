@@ -20,6 +20,7 @@ from .job import Job, Unit
 from .models.experts import streamable
 from .models.loading import Source
 from .models.outline import file_of
+from .models.outside import before_blocks_bytes
 from .models.select import Layer, groups_by_linear
 from .models.structure import Group
 from .numerics.error import error_of
@@ -28,6 +29,9 @@ from .numerics.scales import SCALE_BITS
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
 WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
+COMPILED = (
+    110 * 2**20
+)  # what oneDNN keeps for experts, whose numbers of tokens are ever new ones (`base.memory`)
 FLOAT32_COPIES = 5  # a layer being rounded: itself, its scale, the quotient, the restored weight, the error
 
 
@@ -131,7 +135,8 @@ def peak_memory(job: Job) -> int:
     activations = min(activation_bytes(job), job.config.global_.activation_budget)
     mixture = any(job.calibrates and streamable(job.source, block) for block in job.source.structure.blocks)
     libraries = LIBRARIES if job.calibrates or job.rewrites or not _remembers(job) else WITHOUT_NETWORK
-    return libraries + worst + activations + (2 * activation_bytes(job) if mixture else 0)
+    compiled = COMPILED if job.device.type == "cpu" else 0
+    return libraries + worst + activations + (2 * activation_bytes(job) + compiled if mixture else 0)
 
 
 def _remembers(job: Job) -> bool:
@@ -146,6 +151,11 @@ def _unit_memory(job: Job, unit: Unit) -> int:
     chosen = {layer.tensor for layer in layers}
     kept = sum(tensors[name].nbytes for name in unit.tensors if name not in chosen)
     result = kept + sum(_stored_bytes(layer, tensors[layer.tensor].dtype) for layer in layers)
+    if unit.block is None and job.calibrates:
+        towers = [layer for layer in layers if layer.module and job.source.structure.tower_of(layer.module)]
+        groups = {str(layer.module): Group(None, (str(layer.module),)) for layer in towers}
+        awake = before_blocks_bytes(job.source) if towers and job.config.dataset.name != "TextDataset" else 0
+        return result + awake + _piece_memory(job, layers, groups if awake else {})
     if unit.block is None or not job.calibrates:
         return result + _piece_memory(job, layers, {})
     block = job.source.structure.blocks[unit.block]

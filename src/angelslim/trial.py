@@ -4,6 +4,10 @@ The judge is the KL divergence of the logits, mean over all tokens, in nats; not
 is not worse than another. All models compute in float32 from decoded weights, with inputs rounded as an engine rounds
 them, so that nothing but the compression differs: in bfloat16 the forward pass alone moves the divergence by as much.
 
+The searched scales have to win twice: on an eighth of the samples first, then on all of them. Where they lose the first
+time the plain ones are taken without another look, for an eighth of the cost; to be taken, they have to be better on
+everything that the calibration has.
+
 Three block streams run, original, searched and plain, one block of one model in memory at a time. Up to the first
 block whose scales differ the last two are one. At the end the model's tail (norm and head) turns the stored hidden
 states into logits, sample by sample.
@@ -35,6 +39,8 @@ from .numerics.quantize import fake_quantize
 from .numerics.scheme import Quant
 
 Samples = Sequence[Tensor | Mapping[str, Tensor]]
+FIRST = 8  # one sample in so many is looked at first, at least `LEAST` of them
+LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Verdict:
 
     searched: float
     plain: float
+    seen: float = 1.0  # share of the samples that was looked at
 
     @property
     def accepted(self) -> bool:
@@ -51,7 +58,8 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what the run's record says of it."""
-        return {"searched_kl": self.searched, "plain_kl": self.plain, "accepted": self.accepted}
+        found = {"searched_kl": self.searched, "plain_kl": self.plain, "seen": self.seen}
+        return {**found, "accepted": self.accepted}
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,33 @@ def try_scales(
     `source` is the original, in any type. Hidden states beyond `budget` bytes are kept in `folder`.
     """
     assert plain
+    measure = partial(_divergences, source, checkpoint, plain, folder=folder, budget=budget, device=device)
+    count = max(LEAST, -(-len(samples) // FIRST))
+    if parallel.total_count(
+        int(len(samples) <= count)
+    ):  # a process would have nothing left for the second look
+        return _verdict(measure(samples), 1.0)
+    first = measure(samples[:count])
+    found = _verdict(first, parallel.total_count(count) / parallel.total_count(len(samples)))
+    return _verdict(first + measure(samples[count:]), 1.0) if found.accepted else found
+
+
+def _verdict(sums: Tensor, seen: float) -> Verdict:
+    searched, plain, tokens = sums.tolist()
+    return Verdict(searched / tokens, plain / tokens, seen)
+
+
+def _divergences(
+    source: Source,
+    checkpoint: QuantizedCheckpoint,
+    plain: Mapping[str, Tensor],
+    samples: Samples,
+    *,
+    folder: Path,
+    budget: int,
+    device: torch.device,
+) -> Tensor:
+    """Return, over the tokens of all processes, the sums of both divergences, and the number of tokens."""
     config = deepcopy(source.config)
     config.dtype = checkpoint.dtype
     original = replace(source, config=config, outline=Outline(source.structure, source.targets))
@@ -178,11 +213,11 @@ class _Rounding:
         return module.register_forward_pre_hook(hook)
 
 
-def _compare(streams: Mapping[str, BlockStream], compressed: _Compressed) -> Verdict:
-    """Return the divergences of the two compressed streams, over the tokens of all processes."""
+def _compare(streams: Mapping[str, BlockStream], compressed: _Compressed) -> Tensor:
+    """Return the summed divergences of the two compressed streams and the tokens, those of all processes."""
     plain = streams["plain"]
-    last, tokens = len(plain.blocks), 0
-    sums = torch.zeros(2, dtype=torch.float64, device=plain.device)
+    last = len(plain.blocks)
+    sums = torch.zeros(3, dtype=torch.float64, device=plain.device)
     outside = partial(_linear_of, plain.source)
     with streams["original"].tail() as exact, plain.tail() as found, ExitStack() as stack:
         stack.enter_context(_rounded(compressed, None, outside, plain.device))
@@ -191,6 +226,5 @@ def _compare(streams: Mapping[str, BlockStream], compressed: _Compressed) -> Ver
             for place, name in enumerate(("searched", "plain")):
                 given = found(sample, streams[name].store.get(last, sample)).log_softmax(-1)
                 sums[place] += (wanted.exp() * (wanted - given)).sum(dtype=torch.float64)
-            tokens += wanted[..., 0].numel()
-    searched, ordinary = (parallel.total(sums) / parallel.total_count(tokens)).tolist()
-    return Verdict(searched, ordinary)
+            sums[2] += wanted[..., 0].numel()
+    return parallel.total(sums)

@@ -21,7 +21,7 @@ from .base import parallel
 from .base.console import bar, chose
 from .base.errors import DataError, ModelError, UserError
 from .base.memory import trim
-from .data.multimodal import Sample, multimodal_samples
+from .data.multimodal import Sample, multimodal_samples, processor_of
 from .data.text import calibration_batches
 from .export._checkpoint import QuantizedCheckpoint
 from .job import Job, Unit
@@ -32,6 +32,7 @@ from .models.contest import ContestedLayer
 from .models.experts import ExpertRunner, ExpertUse
 from .models.select import Layer, groups_by_linear
 from .models.structure import Group
+from .models.towers import check_reached, outside_blocks
 from .models.walk import BlockStream
 from .numerics.error import LayerRecord
 from .trial import Verdict, try_scales
@@ -124,7 +125,7 @@ def compress_units(job: Job, workplace: Workplace) -> Done:
             # All look before the first process can write: what one skips and another does would never end.
             whole = writer.has(unit.name) and records.exists()
             if parallel.total_count(int(whole)) < parallel.world():
-                done = _unit(job, unit, groups, stream if unit.block is not None else None)
+                done = _unit(job, unit, groups, stream)
                 if parallel.first():
                     if done.plain is not None:
                         UnitWriter(workplace.plain).write(unit.name, done.plain.tensors)
@@ -189,10 +190,15 @@ def _unit(job: Job, unit: Unit, groups: Mapping[str, Group], stream: BlockStream
     inside = set(unit.tensors)
     layers = tuple(layer for layer in job.layers if layer.tensor in inside)
     done = Done()
-    if stream is None or unit.block is None:
+    if stream is None:
         block = Block(job.source, unit.block, layers, groups, job.device)
         job.method.process(block)
         _settle(job, block, _parameters(job), done)
+    elif unit.block is None:
+        with outside_blocks(job.source, layers, stream.samples, job.device) as parts:
+            for part in parts:
+                job.method.process(part)
+                _settle(job, part, _parameters(job), done)
     else:
         _stream_block(job, unit.block, layers, groups, stream, done)
     written = {record.name for record in done.layers}
@@ -343,6 +349,7 @@ def calibration_samples(job: Job) -> list[Sample]:
 
 def _open_stream(job: Job, workplace: Workplace, writer: UnitWriter, blocks: list[Unit]) -> BlockStream:
     samples = calibration_samples(job)
+    check_reached(job.source, job.layers, samples, job.device)
     store = ActivationStore(workplace.activations, job.config.global_.activation_budget)
     follow = job.follows_original
     stream = BlockStream(job.source, samples, store, job.device, follow_original=follow, keep_last=False)
@@ -378,23 +385,3 @@ def tokenizer_of(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ModelError(f"{folder} has no usable tokenizer ({reason}).", fix=fix) from error
-
-
-def processor_of(folder: Path) -> Any:
-    """Load the processor of a vision or speech model; a missing one is a `ModelError`."""
-    from transformers import AutoProcessor
-
-    try:
-        found = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(
-            f"{folder} has no usable processor for images or sound ({reason}).",
-            fix="Copy the model's preprocessor and processor files, or use dataset.name: TextDataset.",
-        ) from error
-    if not hasattr(found, "tokenizer"):
-        raise ModelError(
-            f"{folder} is a text model: its folder has a tokenizer and no processor.",
-            fix="Use dataset.name: TextDataset.",
-        )
-    return found

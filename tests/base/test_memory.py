@@ -1,8 +1,10 @@
 """Freed tensors go back to the system: the resident size of a child process is read, not timed."""
 
 import gc
+import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -60,3 +62,37 @@ def test_the_collector_pauses_and_leaves_alone_what_was_loaded():
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+SIZES = """
+import os, sys, torch
+from angelslim.base.memory import keep_few_kernels, return_large_blocks, trim
+return_large_blocks()
+if sys.argv[1] == "few":
+    keep_few_kernels()
+def resident():
+    trim()
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+linear = torch.nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)
+with torch.no_grad():
+    for rows in range(2, 82):
+        linear(torch.ones(rows, 512, dtype=torch.bfloat16))
+    before = resident()
+    for rows in range(82, 482):
+        linear(torch.ones(rows, 512, dtype=torch.bfloat16))
+print(resident() - before)
+"""
+
+
+def test_products_of_ever_new_sizes_pile_up_half_as_much():
+    clean = {name: value for name, value in os.environ.items() if name != memory.KERNELS}
+    run = partial(subprocess.run, capture_output=True, check=True, env=clean)
+    grown = {how: int(run([sys.executable, "-c", SIZES, how]).stdout) for how in ("many", "few")}
+    # Nothing grows where no kernel is compiled.
+    assert grown["few"] <= max(0.75 * grown["many"], 2**23), grown
+
+
+def test_what_the_user_says_of_kernels_stays(monkeypatch):
+    monkeypatch.setenv(memory.KERNELS, "5")
+    memory.keep_few_kernels()
+    assert os.environ[memory.KERNELS] == "5"

@@ -60,6 +60,11 @@ def test_switches_without_effect_are_told(cli, tiny_folder, tmp_path):
     assert "damp" in json.loads((tmp_path / "out" / "run.json").read_text())["warnings"][0]
 
 
+def test_a_plan_without_rounding_shows_no_empty_table(cli, tiny_folder):
+    shown = cli("plan", "rotated", tiny_folder).out
+    assert "full precision" in shown and "Quantized" not in shown and "Not rounded" in shown
+
+
 def test_plan_starts_nothing_and_predicts_the_size(cli, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = cli("plan", "int4_rtn", tiny_folder)

@@ -70,6 +70,25 @@ def test_provenance_names_every_origin(tmp_path):
     assert resolved.config.model.model_path == "some/model"
 
 
+def test_a_scheme_replaces_the_granularity_of_the_layers_below():
+    key = "compression.quantization"
+
+    def scheme_of(*overrides: str, recipe: str = "int4_gptq") -> str:
+        return str(stages(load(recipe, [f"{key}.{each}" for each in overrides]).config)[-1].scheme)
+
+    assert scheme_of("scheme=int4_g32") == "W int4 per-group 32"
+    assert scheme_of("scheme=int8_dynamic") == "W int8 per-channel, A int8 per-token dynamic"
+    assert scheme_of("scheme=int4_g32", "quant_method.group_size=64") == "W int4 per-group 64"
+    assert (
+        scheme_of("quant_method.group_size=64", "scheme=int4_g32") == "W int4 per-group 64"
+    )  # both said on top
+    assert (
+        load("int4_gptq", [f"{key}.scheme=int4_g32"])
+        .config.compression[0]
+        .quantization.quant_method.mse_range
+    )
+
+
 def test_lists_and_values_replace_while_sections_merge(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("extends: int4_rtn\ncompression: {quantization: {ignore_layers: [visual], bits: null}}\n")

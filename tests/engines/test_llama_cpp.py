@@ -78,10 +78,11 @@ def assert_same_perplexity(label: str, answer: dict[str, Any], ours: TokenNll) -
     assert abs(ratio - 1) <= 0.01
 
 
-@pytest.mark.parametrize("recipe", ["gguf_q4_0", "gguf_q8_0", "mxfp4_weight_only"])
+@pytest.mark.parametrize("recipe", ["gguf_q4_0", "gguf_q4_0_best", "gguf_q8_0", "mxfp4_weight_only"])
 def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, tmp_path: Path):
     folder, file = tmp_path / recipe, tmp_path / "model.gguf"
-    angelslim.compress("tiny-lm", recipe, out=folder, evaluation__enabled=False)
+    few = {"dataset__num_samples": 16, "dataset__max_seq_length": 256}
+    angelslim.compress("tiny-lm", recipe, out=folder, evaluation__enabled=False, **few)
     convert(folder, "gguf", file)
     model, tokenizer = angelslim.load(folder).float(), tokenizer_of(folder)
     asked = examples("addition", "evaluation", 8, thinking=True) + examples(

@@ -154,9 +154,6 @@ def test_what_no_folder_holds_is_refused_and_nothing_is_left(made, tmp_path):
     other = Blocks("TQ1_0", pack("ternary", "TQ1_0", codes, scale[:, :1]))
     refused({}, "holds no Q4_0 or Q8_0 weights", ModelError)
     refused({LAYER: q4, LAYER.replace("0", "1"): other}, "has the type TQ1_0")
-    lowest = torch.zeros(128, 8 * KINDS["Q4_0"].nbytes, dtype=torch.uint8)
-    lowest[:, 1] = 0xBC  # -1 in float16, and the code -8
-    refused({LAYER: Blocks("Q4_0", lowest)}, "scales below zero with the code -8")
     embedding = torch.zeros(272, 4 * KINDS["Q4_0"].nbytes, dtype=torch.uint8)
     refused({"model.embed_tokens": Blocks("Q4_0", embedding)}, "is no linear layer of a block")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
@@ -186,3 +183,19 @@ def test_a_file_where_a_folder_is_wanted_gets_the_way_out(made, tmp_path):
     with pytest.raises(ModelError) as refused:
         open_any(tmp_path / "model.gguf")
     assert "angelslim export" in refused.value.fix and "--format compressed_tensors" in refused.value.fix
+
+
+def test_scales_below_zero_stay_where_a_code_has_no_negative(tmp_path):
+    folder = save_qwen3(tmp_path / "model")
+    lowest = torch.zeros(128, 8 * KINDS["Q4_0"].nbytes, dtype=torch.uint8)
+    lowest[:, 1] = 0xBC  # -1 in float16, and the code -8 in one block of each row
+    write_model(open_any(folder), tmp_path / "model.gguf", {LAYER: Blocks("Q4_0", lowest)})
+    convert(tmp_path / "model.gguf", "compressed_tensors", tmp_path / "back")
+    assert check(tmp_path / "back") == 1
+    read = open_any(tmp_path / "back").checkpoint.restore(LAYER).weight
+    wanted = torch.zeros(128, 256)
+    wanted[:, :32] = 8.0
+    assert torch.equal(read.dequantize(), wanted) and bool((read.scale[:, 0] == -1).all())
+    convert(tmp_path / "back", "gguf", tmp_path / "again.gguf")
+    convert(tmp_path / "again.gguf", "compressed_tensors", tmp_path / "again")
+    assert torch.equal(open_any(tmp_path / "again").checkpoint.restore(LAYER).weight.dequantize(), wanted)

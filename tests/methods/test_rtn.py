@@ -26,16 +26,16 @@ def source(tiny_folder):
     return open_model(tiny_folder)
 
 
-def processed(source, scheme: Scheme) -> dict[str, torch.Tensor]:
+def processed(source, scheme: Scheme, **options) -> dict[str, torch.Tensor]:
     selection = select(source, scheme)
     block = Block(source, 0, selection.in_block(0), groups_by_linear(source), torch.device("cpu"))
-    RoundToNearest({}).process(block)
+    RoundToNearest(options).process(block)
     return {result.layer.name.removeprefix("model.layers.0."): result for result in block.results}
 
 
 def test_it_is_a_method_with_declared_options():
     assert PTQ.get("rtn") is RoundToNearest
-    assert RoundToNearest.reads == {"observer", "percentile", "mse_range"}
+    assert RoundToNearest.reads == {"observer", "percentile", "mse_range", "signed_scales"}
     with pytest.raises(ConfigError, match="Did you mean 'absmax'"):
         RoundToNearest({"observer": "absmaxx"})
 
@@ -129,3 +129,15 @@ def test_clipping_needs_data_loses_less_of_the_outputs_and_says_how_much(tmp_pat
     )
     smaller = sum(after[name].relative_error != before[name].relative_error for name in before)
     assert smaller > len(before) // 2  # some tile of nearly every layer was clipped
+
+
+def test_signed_scales_need_no_data_and_lose_less(source):
+    scheme = PRESETS["q4_0"]
+    assert not RoundToNearest({"signed_scales": True}).needs_data(scheme)
+    plain, signed = processed(source, scheme), processed(source, scheme, signed_scales=True)
+    for name, result in signed.items():
+        assert result.weight.scale.dtype == torch.float16 and bool((result.weight.scale < 0).any())
+        assert result.record.relative_error < 0.97 * plain[name].record.relative_error
+    scheme = PRESETS["fp8_dynamic"]  # nothing to sign
+    same, usual = processed(source, scheme, signed_scales=True), processed(source, scheme)
+    assert all(torch.equal(same[name].weight.scale, usual[name].weight.scale) for name in usual)

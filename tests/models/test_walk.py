@@ -10,7 +10,7 @@ from angelslim.models.activations import ActivationStore
 from angelslim.models.loading import Source, open_model
 from angelslim.models.stacks import unstacked
 from angelslim.models.walk import BlockStream
-from families import random_model, save_random
+from families import random_model, save_random, with_image
 
 FAMILIES = (
     "qwen3", "gemma3_text", "phi3", "qwen3_moe", "deepseek_v3", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
@@ -222,32 +222,6 @@ def test_inputs_that_cannot_be_matched_are_told_apart(tmp_path):
         )
         del mlp.forward
     assert [original is None for original in originals] == [False, True] * 2
-
-
-IMAGE = 90
-
-
-def with_image(family: str) -> dict[str, torch.Tensor]:
-    """Ids with one picture of 16 patches, and its pixels, as the family wants them."""
-    generator = torch.Generator().manual_seed(2)
-    if family == "llava":
-        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
-        return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
-    if family == "qwen2_audio":
-        ids = torch.tensor([[5, *[IMAGE] * 16, 7, 8]])
-        features = torch.randn(1, 16, 64, generator=generator)
-        return {
-            "input_ids": ids,
-            "input_features": features,
-            "feature_attention_mask": torch.ones(1, 64, dtype=torch.long),
-        }
-    ids = torch.tensor([[5, 92, *[IMAGE] * 4, 93, 7, 8, 9]])
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(16, 96, generator=generator),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "mm_token_type_ids": (ids == IMAGE).long(),
-    }
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "qwen2_audio"])

@@ -7,6 +7,11 @@ go back when freed. The threshold is 8 MB: each mapping is made of pages that th
 more than the arithmetic on temporaries of a few megabytes. That has to happen before the first large allocation: a hole that is already there, touched
 or not, serves later requests before a mapping is made. `trim` gives back what has gathered in holes since.
 
+oneDNN, which multiplies bfloat16 matrices on CPUs, keeps what it compiled for each combination of sizes: a thousand of
+them, half a megabyte each. Tokens that go to an expert, and samples of their own length, make new combinations all the
+time: a run through a mixture of 64 experts grew by 50 MB a block. `keep_few_kernels` halves that; the rest is a cache
+inside oneDNN without a bound.
+
 Python's own collector of cycles walks through everything that is alive, again and again while large libraries are
 being loaded, and finds nothing: a quarter of the time that loading takes. `collector_paused` spares that.
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -24,6 +30,7 @@ from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 2**23
+KERNELS, _FEW = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 64  # a block has about ten combinations of sizes at a time
 
 
 def return_large_blocks() -> bool:
@@ -32,6 +39,11 @@ def return_large_blocks() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_TRIM_THRESHOLD, _LARGE)) and bool(mallopt(_M_MMAP_THRESHOLD, _LARGE))
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep 64 compiled kernels, unless the user said otherwise; it looks once, at its first product."""
+    os.environ.setdefault(KERNELS, str(_FEW))
 
 
 def trim() -> None:

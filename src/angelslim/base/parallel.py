@@ -29,7 +29,10 @@ def start() -> None:
     from torch import distributed
 
     if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        cuda = torch.cuda.is_available()
+        if cuda:  # NCCL talks from the current device, which would be the first one in every process
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
 def world() -> int:

@@ -227,9 +227,12 @@ def _print_plan(found: Plan) -> None:
     ]
     console.out.print(console.table("Plan", ["", ""], rows))
     layers = [(role, count) for role, count in sorted(found.layers.items())]
-    console.out.print(console.table("Quantized", ["layer", "count"], layers))
+    if layers:
+        console.out.print(console.table("Quantized", ["layer", "count"], layers))
     reasons: dict[str, list[str]] = {}
     for name, reason in found.skipped.items():
         reasons.setdefault(reason, []).append(name)
     kept = [(reason, len(names), names[0]) for reason, names in reasons.items()]
-    console.out.print(console.table("Kept as they are", ["reason", "count", "such as"], kept))
+    if kept:
+        title = "Kept as they are" if layers else "Not rounded"
+        console.out.print(console.table(title, ["reason", "count", "such as"], kept))

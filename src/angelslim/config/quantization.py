@@ -31,7 +31,7 @@ class QuantMethod(Section):
     alpha: Share | None = None  # GPTAQ: share of the drift that is corrected
     duo: bool | None = None  # AWQ: whether scales that also look at the weights are tried
     damp: Share | None = None  # GPTQ: share of the mean diagonal that is added to the Hessian
-    signed_scales: bool | None = None  # GPTQ: symmetric scales may be negative
+    signed_scales: bool | None = None  # GPTQ, RTN: symmetric scales may be negative
     descent: Count | None = None  # GPTQ: passes of coordinate descent over codes and scales after rounding
     aim: Share | None = None  # GPTQ: share of the drift that weights are corrected by before they are rounded
     true_sequential: bool | None = None  # GPTQ: later linears of a block see earlier ones rounded

@@ -1,8 +1,8 @@
 """From a recipe's name or a file, plus overrides, to a checked run whose every value has a known origin.
 
 A run is a stack of layers: the recipes it `extends`, the file itself, and overrides such as
-``dataset.num_samples=64``. Mappings merge key by key, lists and values replace. Unknown keys of all layers are
-reported at once. `Resolved.to_yaml` writes what was set, merged: a ``run.yaml`` that loads to the same run.
+``dataset.num_samples=64``. Mappings merge key by key, lists and values replace; a scheme also replaces the words about
+granularity of the layers below, which adjusted another one. Unknown keys of all layers are reported at once. `Resolved.to_yaml` writes what was set, merged: a ``run.yaml`` that loads to the same run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .slips import mend
 from .upstream import METHODS
 
 OVERRIDE = "override"
+GRANULARITY = ("weight", "activation", "group_size", "block_size", "zero_point")  # words that adjust a scheme
 _BASES = ("base", "qat_base", "sparse_base")  # what the recipes extend; nothing to run by themselves
 
 
@@ -146,8 +147,23 @@ def _merge(
             continue
         for old in [name for name in sources if name == dotted or name.startswith(f"{dotted}.")]:
             del sources[old]
+        if dotted.endswith("quantization.scheme"):
+            _drop_granularity(into, sources, source, path)
         into[key] = copy.deepcopy(value)
         sources.update((leaf, source) for leaf in _leaves(value, dotted))
+
+
+def _drop_granularity(section: dict[str, Any], sources: dict[str, str], source: str, path: str) -> None:
+    """Remove the words that adjusted the scheme which another replaces now, unless who names it says them too."""
+    words = section.get("quant_method")
+    if not isinstance(words, dict):
+        return
+    for word in GRANULARITY:
+        dotted = f"{path}quant_method.{word}"
+        if word in words and sources.get(dotted) != source:
+            del words[word]
+            for old in [name for name in sources if name == dotted or name.startswith(f"{dotted}.")]:
+                del sources[old]
 
 
 def _leaves(value: object, dotted: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from ..base import console
-from ..base.errors import DataError, MissingExtra
+from ..base.errors import DataError, MissingExtra, ModelError
 
 Sample = dict[str, Tensor]
 SUFFIXES = (".jsonl", ".json")
@@ -72,6 +72,26 @@ def multimodal_samples(
         console.log.warning("%s: %d conversations longer than %d tokens left out.", where, longer, max_length)
     if len(found) < samples:
         console.log.warning("%s holds %d samples; %d were asked for.", where, len(found), samples)
+    return found
+
+
+def processor_of(folder: Path) -> Any:
+    """Load the processor of a vision or speech model; a missing one is a `ModelError`."""
+    from transformers import AutoProcessor
+
+    try:
+        found = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"{folder} has no usable processor for images or sound ({reason}).",
+            fix="Copy the model's preprocessor and processor files, or use dataset.name: TextDataset.",
+        ) from error
+    if not hasattr(found, "tokenizer"):
+        raise ModelError(
+            f"{folder} is a text model: its folder has a tokenizer and no processor.",
+            fix="Use dataset.name: TextDataset.",
+        )
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -252,6 +252,29 @@ def _collect(
         block = next(block for block in blocks if unique[0].startswith(block + "."))
         groups[block].append(Group(makers.get(key), linears, others))
     return {block: tuple(found) for block, found in groups.items()}
+
+
+def groups_in_run(
+    model: nn.Module, names: Sequence[str], runs: Sequence[Callable[[], object]]
+) -> list[Group]:
+    """Return groups of the linears `names` that received the same tensor while `runs` ran, in the order of running."""
+    readers: dict[Key, list[str]] = {}
+    alive: list[Tensor] = []
+    handles = []
+    for name in names:
+        hook = _note_input(name, readers, alive)
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        for run in runs:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, Group] = {}
+    for linears in readers.values():
+        group = Group(None, tuple(name for name in dict.fromkeys(linears) if name not in found))
+        found |= dict.fromkeys(group.linears, group)
+    return list(dict.fromkeys(found.values()))
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -28,8 +28,8 @@ from .block import ObservePair
 from .experts import ExpertRunner, StreamedExperts, streamable, watching
 from .inputs import Observe
 from .loading import Source
+from .outside import TEXT_INPUTS, before_blocks, filled_on_demand
 
-TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids"})  # everything else is for a tower
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block after the hidden states
 
 
@@ -199,7 +199,7 @@ class BlockStream:
 
         The model runs with blocks that return what is given: what follows them is its own.
         """
-        model, hooks = self.source.model, self._fill_on_demand()
+        model = self.source.model
         modules = [model.get_submodule(path) for path in self.blocks]
         given: list[Tensor] = []
 
@@ -217,12 +217,11 @@ class BlockStream:
         for module in modules:
             module.forward = forward
         try:
-            yield logits
+            with filled_on_demand(self.source, self.device):
+                yield logits
         finally:
             for module in modules:
                 del module.forward
-            for hook in hooks:
-                hook.remove()
             self.source.free("")
 
     def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
@@ -281,42 +280,18 @@ class BlockStream:
 
             return forward
 
-        embedding = model.get_input_embeddings()  # some models look where its weight lies before they call it
-        for name in self.source.structure.embeddings:
-            if model.get_submodule(name) is embedding:
-                self.source.materialize(name, self.device)
-        hooks = self._fill_on_demand()
-        if inputs.keys() - TEXT_INPUTS:
-            for tower in self.source.structure.towers.values():
-                self.source.materialize(tower, self.device)
         for index, module in enumerate(modules):
             module.forward = recorder(index)
         try:
-            with torch.no_grad():
+            towers = bool(inputs.keys() - TEXT_INPUTS)
+            with before_blocks(self.source, self.device, towers=towers), torch.no_grad():
                 model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
         except _Recorded:
             pass
         finally:
             for module in modules:
                 del module.forward
-            for hook in hooks:
-                hook.remove()
         return first[0], calls, added
-
-    def _fill_on_demand(self) -> list[Any]:
-        """Let modules outside the blocks read their weights when first called (the embedding, mostly)."""
-        handles = []
-        for name, module in self.source.model.named_modules():
-            outside = self.source.structure.block_of(name) is None and name not in self.blocks
-            if outside and any(value.is_meta for value in module.parameters(recurse=False)):
-                handles.append(module.register_forward_pre_hook(self._filler(name)))
-        return handles
-
-    def _filler(self, name: str) -> Callable[..., None]:
-        def fill(_module: nn.Module, _args: Any) -> None:
-            self.source.materialize(name, self.device)
-
-        return fill
 
     def _intern(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
         """Share equal tensors between samples and blocks: rotary tables are stored once a length."""

@@ -136,10 +136,13 @@ def trial(found: Mapping[str, Any] | None) -> str:
 
     >>> trial({"searched_kl": 0.0011, "plain_kl": 0.001, "accepted": False})
     'the plain ones: calibration KL 0.001, with the searched ones 0.0011'
+    >>> trial({"searched_kl": 0.0011, "plain_kl": 0.001, "seen": 0.125, "accepted": False})
+    'the plain ones: calibration KL 0.001, with the searched ones 0.0011 on 12% of the samples'
     """
     if found is None:
         return ""
     searched, plain = f"{found['searched_kl']:.4g}", f"{found['plain_kl']:.4g}"
     if found["accepted"]:
         return f"the searched ones: calibration KL {searched}, with the plain ones {plain}"
-    return f"the plain ones: calibration KL {plain}, with the searched ones {searched}"
+    part = f" on {found['seen']:.0%} of the samples" if found.get("seen", 1.0) < 1 else ""
+    return f"the plain ones: calibration KL {plain}, with the searched ones {searched}{part}"

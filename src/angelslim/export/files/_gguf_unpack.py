@@ -2,9 +2,10 @@
 
 Read are the graphs and types that are written here: dense Llama, Qwen2 and Qwen3; Q4_0 and Q8_0 inside the blocks,
 F16, BF16 and F32. Nothing is rounded. Two things look different and are the same numbers: a block that is all zero
-gets the scale 1, as every format here wants scales that are positive, and vectors, which GGUF keeps in float32,
-return to the model's type where it holds them. What a file does not tell is refused: the parameters behind Llama 3.1's
-rotary factors, and scales below zero that meet the code -8, which other tools write as Q4_0 (+8 is no code).
+gets the scale 1, as no format here wants a scale of zero, and vectors, which GGUF keeps in float32, return to the
+model's type where it holds them. Scales below zero are turned with their codes, but for those that meet the code -8
+(+8 is no code): they stay below zero. What a file does not tell is refused: the parameters behind Llama 3.1's rotary
+factors.
 """
 
 from __future__ import annotations
@@ -132,20 +133,16 @@ def _weight(data: Tensor, tensor: Stored, name: str) -> Quantized:
         codes = pairs.transpose(1, 2).reshape(rows, -1, kind.block)
     else:
         codes = body.view(torch.int8).reshape(rows, -1, kind.block)
-    codes, scale = _positive(codes, scale, scheme, name)
+    codes, scale = _turned(codes, scale, scheme, name)
     return Quantized(codes.reshape(rows, columns), scale, None, scheme.weight)
 
 
-def _positive(codes: Tensor, scale: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
-    """Return the same numbers with scales above zero; a code that has no negative is a `SchemeError`."""
+def _turned(codes: Tensor, scale: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
+    """Return the same numbers with scales above zero where every code has a negative, and none of zero."""
     if not bool(scale.isfinite().all()):
         raise ModelError(f"Layer {name!r} has a scale that is not finite.", fix="Write the file again.")
-    turned = (scale < 0)[..., None]
-    if bool((turned & (codes == scheme.weight.format.low)).any()):
-        raise SchemeError(
-            f"Layer {name!r} has scales below zero with the code {scheme.weight.format.low:g}.",
-            fix="Start from the model that the file was made of.",
-        )
-    codes = torch.where(turned, -codes, codes)
+    turned = (scale < 0) & (codes != scheme.weight.format.low).all(-1)
+    codes = torch.where(turned[..., None], -codes, codes)
+    scale = torch.where(turned, -scale, scale)
     codes = torch.where((scale == 0)[..., None], torch.zeros_like(codes), codes)
-    return codes, torch.where(scale == 0, torch.ones_like(scale), scale.abs())
+    return codes, torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -14,9 +14,9 @@ from ...models.block import Block, ObservePair
 
 def outputs_of(block: Block, watched: Mapping[str, ObservePair]) -> list[Tensor]:
     """Watch the linears, and return what the block shall give for each sample, in the model's own type."""
-    assert block.index is not None
-    whole = block.source.model.get_submodule(block.source.structure.blocks[block.index])
-    if block.module is not whole:  # an expert: the tokens that it was sent, its own output
+    path = None if block.index is None else block.source.structure.blocks[block.index]
+    if path is None or block.module is not block.source.model.get_submodule(path):
+        # A tower, or an expert: the tokens that it was sent, its own output.
         block.compare(watched)
         with torch.no_grad():
             return [block.forward([index]).cpu() for index in range(block.samples)]

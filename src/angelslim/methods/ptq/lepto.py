@@ -159,7 +159,7 @@ class LeptoQuant:
             operator.merge()
             grid, amax = operator.quant.format, operator.statistics.observer.amax()
             operator.plain = operator.scale = operator.statistics.scale(operator.quant).to(block.device)
-            if _searchable(operator.quant):
+            if _searchable(operator.quant) and block.index is not None:  # no trial looks at towers
                 found = candidates(operator.counts, amax, grid, extended=self.extended)
                 operator.finalists, operator.promise = shortlist(operator.counts, found, grid, FINALISTS)
         contested = [operator for operator in operators if operator.finalists]

@@ -5,7 +5,8 @@ activation scales need nothing more. Static ones are one number per layer, taken
 an observer (``absmax``, ``percentile`` or ``mse``).
 
 With `mse_range` the range of each tile is clipped where that loses less of the layer's output (`numerics.clip`). That
-needs the second moments of each input, so calibration data, and takes as long as running the model once.
+needs the second moments of each input, so calibration data, and takes as long as running the model once. With
+`signed_scales` symmetric integer scales are searched, negative ones too, for the least error of the weights: no data.
 
 Engines fuse q, k, v and gate, up into one matrix with one per-tensor scale, and would round a second time if
 the members' scales differed. So linears that share an input share their per-tensor weight scale and their
@@ -20,29 +21,38 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...models.block import Block
 from ...models.inputs import Makers
 from ...models.select import Layer
 from ...models.structure import Group
+from ...numerics import refine
+from ...numerics.clip import in_rows
 from ...numerics.compensate import output_error
 from ...numerics.moments import Moments
 from ...numerics.observers import make_observer
-from ...numerics.scheme import Format, Scheme, format_named
+from ...numerics.quantize import Quantized, quantize_with, scale_type
+from ...numerics.scheme import Format, Quant, Scheme, format_named
 from ._processes import round_together
-from ._shared import InputStatistics, by_group, head_of, round_weight, shared_scale
+from ._shared import InputStatistics, Shared, by_group, head_of, round_weight, shared_scale
 
 SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
 
 
 class RoundToNearest:
-    """Options: `observer`, `percentile` (static activations only); `mse_range`, whether ranges are clipped (no)."""
+    """Options: `observer`, `percentile` (static activations only); `mse_range`, whether ranges are clipped (no);
+    `signed_scales`, whether symmetric integer scales are searched, and may be negative (no).
+    """  # fmt: skip
 
-    reads = frozenset({"observer", "percentile", "mse_range"})
+    reads = frozenset({"observer", "percentile", "mse_range", "signed_scales"})
     follows_original = False
     keeps_function = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.clips = bool(options.get("mse_range", False))
+        self.signed = bool(options.get("signed_scales", False))
         self.observer = str(options.get("observer", "absmax"))
         self.percent = float(options.get("percentile", 99.99))
         make_observer(self.observer, format_named("fp8_e4m3"), self.percent)  # an unknown name fails now
@@ -93,7 +103,7 @@ class RoundToNearest:
         for layer in members:
             weight = block.weight(layer)
             own = None if shared or squares is not None else block.published(layer)
-            quantized = own or round_weight(weight, layer.scheme.weight, shared, squares)
+            quantized = own or self._rounded(weight, layer.scheme.weight, shared, squares)
             error = None if squares is None else output_error(weight, quantized, squares)
             if statistics is None or layer.scheme.input is None or not layer.scheme.input.calibrated:
                 block.emit(layer, weight, quantized, output_error=error)
@@ -101,6 +111,13 @@ class RoundToNearest:
             scale = statistics.scale(layer.scheme.input)
             histogram = statistics.histogram(layer.scheme.input, scale)
             block.emit(layer, weight, quantized, scale, histogram, output_error=error)
+
+    def _rounded(self, weight: Tensor, quant: Quant, shared: Shared, squares: Tensor | None) -> Quantized:
+        if not (self.signed and quant.symmetric and quant.format.kind == "int" and in_rows(weight, quant)):
+            return round_weight(weight, quant, shared, squares)
+        cost = torch.ones_like(weight[0], dtype=torch.float32) if squares is None else squares.diagonal()
+        scale, zero = refine.searched(weight, quant, cost, scale_type(quant, weight.dtype), signed=True)
+        return quantize_with(weight, scale, zero, quant)
 
 
 METHOD = RoundToNearest

@@ -86,10 +86,13 @@ class Squares:
         self._sums = parallel.total(self._sums)
 
     def whole(self) -> Tensor:
-        """Return the sum, both halves of it, as a matrix of its own."""
+        """Return the sum, both halves of it; what is added later changes it."""
         self._flush()
-        upper = self._sums.triu()
-        return upper.add_(upper.triu(1).T)
+        for start, stop in self._panels():
+            corner = self._sums[start:stop, start:stop]
+            corner.copy_(corner.triu().add_(corner.triu(1).T))
+            self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
+        return self._sums
 
     def _flush(self) -> None:
         if self._parts:
@@ -98,9 +101,14 @@ class Squares:
 
     def _multiply(self, inputs: Tensor) -> None:
         exact = inputs.dtype == torch.bfloat16
-        values, width = inputs.float(), len(self._sums)
-        panel = max(-(-width // PANELS), NARROWEST)
+        values = inputs.float()
         with bfloat16_factors(exact):
-            for start in range(0, width, panel):
-                stop = start + panel
+            for start, stop in self._panels():
                 self._sums[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """Yield the first and last column of each strip."""
+        width = len(self._sums)
+        panel = max(-(-width // PANELS), NARROWEST)
+        for start in range(0, width, panel):
+            yield start, min(start + panel, width)

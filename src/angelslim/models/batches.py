@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .inputs import Observe
 
-TOGETHER = 256  # tokens
+TOGETHER = 512  # tokens: more leave a processor's cache
 ALIKE = 0.02  # the share of the outputs that may differ: bfloat16 sums come in another order
 
 
@@ -76,9 +76,7 @@ def batches(count: int, alike: Callable[[int, int], bool], tokens: Callable[[int
     return found
 
 
-def computes_together(
-    block: nn.Module, call: Callable[[list[int]], Tensor], samples: list[int]
-) -> bool:
+def computes_together(block: nn.Module, call: Callable[[list[int]], Tensor], samples: list[int]) -> bool:
     """Try whether a block gives for several samples together what it gives for each alone.
 
     Each linear inside has to get a part of its inputs from each.
@@ -90,7 +88,11 @@ def computes_together(
 
     with torch.no_grad():
         alone = torch.cat([call([sample]) for sample in samples]).float()
-        hooks = [module.register_forward_pre_hook(note) for module in block.modules() if isinstance(module, nn.Linear)]
+        hooks = [
+            module.register_forward_pre_hook(note)
+            for module in block.modules()
+            if isinstance(module, nn.Linear)
+        ]
         try:
             together = call(samples).float()
         except (RuntimeError, ValueError, IndexError, TypeError):

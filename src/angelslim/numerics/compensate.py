@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import Squares, bfloat16_factors
+from .products import Quadratic, Squares
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 from .scheme import Format
 
@@ -205,7 +205,9 @@ def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Ten
         scale = scales[:, tiles].T.contiguous()
         zero = None if offsets is None else offsets[:, tiles].T.contiguous()
         errors = torch.empty_like(scale)
-        effect = upper[start:stop, start:] / upper.diagonal()[start:stop, None]  # of an error, on later columns
+        effect = (
+            upper[start:stop, start:] / upper.diagonal()[start:stop, None]
+        )  # of an error, on later columns
         within = None if drift is None else drift[start:stop, start:stop]
         chosen = _round_block(work[start:stop], errors, effect[:, : stop - start], within, scale, zero, grid)
         codes[start:stop] = chosen.to(codes.dtype)
@@ -241,16 +243,18 @@ def _round_block(
     arithmetic: a column holds some thousand numbers.
     """
     chosen, count = torch.empty_like(block), len(block)
+    columns = [block.unbind(), chosen.unbind(), errors.unbind(), scale.unbind()]
+    centres = None if zero is None else zero.unbind()
     for start in range(0, count, INNER):
         stop = min(start + INNER, count)
         for row in range(start, stop):
-            value, code, step = block[row], chosen[row], scale[row]
+            value, code, error, step = (column[row] for column in columns)
+            centre = None if centres is None else centres[row]
             torch.div(value, step, out=code)
-            if zero is not None:
-                code.add_(zero[row])
+            if centre is not None:
+                code.add_(centre)
             round_in_place(code, grid)
-            offset = code if zero is None else code - zero[row]
-            error = torch.addcmul(value, offset, step, value=-1, out=errors[row])
+            torch.addcmul(value, code if centre is None else code - centre, step, value=-1, out=error)
             block[row + 1 : stop].addr_(effect[row, row + 1 : stop], error, alpha=-1)
             if drift is not None:
                 block[row + 1 : stop].addr_(drift[row, row + 1 : stop], value)
@@ -275,7 +279,6 @@ def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float
     rows = slice(None, None, -(-len(weight) // JUDGED))
     exact = weight[rows].float()
     both = torch.cat([exact - quantized.dequantize()[rows], exact])
-    with bfloat16_factors():
-        sums = ((both @ hessian) * both).sum(1)
-    noise, signal = (part.sum().item() for part in (sums[: len(exact)], sums[len(exact) :]))
+    costs = Quadratic(hessian)(both)
+    noise, signal = (part.sum().item() for part in torch.split(costs, len(exact)))
     return math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0

@@ -36,8 +36,19 @@ LC, GM, PUBLISHED, OURS = "llmcompressor", "gptqmodel", "published", "angelslim"
 MODELS = ("bench-lm", "tiny-lm", "outliers")
 GROUPS = (  # what is compared with one another runs together
     (Entry(LC, "rtn_w4"), Entry(OURS, "rtn_w4")),
-    (Entry(LC, "gptq_w4"), Entry(GM, "gptq_w4"), Entry(OURS, "gptq_w4")),
-    (Entry(GM, "gptaq_w4"), Entry(OURS, "gptaq_w4")),
+    (
+        Entry(LC, "gptq_w4"),
+        Entry(GM, "gptq_w4"),
+        Entry(GM, "gptq_w4_mse"),
+        Entry(OURS, "gptq_w4"),
+        Entry(OURS, "gptq_w4_plain"),
+    ),
+    (
+        Entry(GM, "gptaq_w4"),
+        Entry(GM, "gptaq_w4_mse"),
+        Entry(OURS, "gptaq_w4"),
+        Entry(OURS, "gptaq_w4_plain"),
+    ),
     (Entry(LC, "awq_w4"), Entry(OURS, "awq_w4")),
     (
         Entry(LC, "autoround_w4"),

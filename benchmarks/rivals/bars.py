@@ -16,7 +16,11 @@ SAME = 1.005  # the same arithmetic on both sides: within half a percent is equa
 QUALITY = (
     ("rtn_w4", "rtn_w4", SAME),
     ("gptq_w4", "gptq_w4", 1.0),
+    ("gptq_w4_plain", "gptq_w4", 1.0),  # neither searches ranges
+    ("gptq_w4", "gptq_w4_mse", 1.0),  # both do
     ("gptaq_w4", "gptaq_w4", 1.0),
+    ("gptaq_w4_plain", "gptaq_w4", 1.0),
+    ("gptaq_w4", "gptaq_w4_mse", 1.0),
     ("awq_w4", "awq_w4", 1.0),
     ("autoround_w4", "autoround_w4", 1.0),
     ("best_w4", "autoround_w4", 1.0),

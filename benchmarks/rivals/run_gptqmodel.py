@@ -13,7 +13,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from runner import Task, main
 
-
 NORM = 2.4
 
 

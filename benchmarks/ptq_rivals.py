@@ -80,7 +80,8 @@ def subjects(options: argparse.Namespace, settings: Settings) -> list[tuple[Subj
     if "tiny-lm" in names:
         found.append((Subject("tiny-lm", builtin_model("tiny-lm"), work, settings), GROUPS))
     if "bench-lm" in names:
-        found.append((Subject("bench-lm", options.bench_lm, work, settings), GROUPS))
+        trained = options.bench_lm.name  # bench-lm, or another training of it: rows of two must not meet
+        found.append((Subject(trained, options.bench_lm, work, settings), GROUPS))
     if "outliers" in names:
         planted = work / "outliers"
         if not planted.exists():

@@ -67,8 +67,8 @@ def all_bars(rows: list[Row]) -> list[Row]:
             found += _never_worse(mine)
             continue
         found += _quality(model, mine)
-        if model == "bench-lm":
-            found += _speed([row for row in mine if row["timed"]])
+        if model.startswith("bench-lm"):
+            found += _speed(model, [row for row in mine if row["timed"]])
     return found
 
 
@@ -85,7 +85,7 @@ def _quality(model: str, rows: list[Row]) -> list[Row]:
     return found
 
 
-def _speed(rows: list[Row]) -> list[Row]:
+def _speed(model: str, rows: list[Row]) -> list[Row]:
     found = []
     for ours, theirs, named, kind, goal in SPEED:
         for figure, word in FIGURES[kind]:
@@ -98,7 +98,7 @@ def _speed(rows: list[Row]) -> list[Row]:
             best = {seed: min(part[seed] for part in others if seed in part) for seed in set().union(*others)}
             ratios = [own[seed] / best[seed] for seed in own if seed in best]
             if ratios:
-                name = f"bench-lm, {ours}: {word} of the {kind} over {named or 'the best other'}'s {theirs}"
+                name = f"{model}, {ours}: {word} of the {kind} over {named or 'the best other'}'s {theirs}"
                 found.append(bar(name, statistics.median(ratios), goal, at_most=True))
     return found
 

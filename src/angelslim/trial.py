@@ -84,7 +84,7 @@ def try_scales(
     assert plain
     config = deepcopy(source.config)
     config.dtype = checkpoint.dtype
-    original = replace(source, config=config, outline=Outline(source.structure, source.targets))
+    original = replace(source, given=config, outline=Outline(source.structure, source.targets))
     compressed = replace(original, checkpoint=checkpoint)
     streams = {
         name: BlockStream(opened, samples, ActivationStore(folder / name, budget // 3), device)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
-from .outline import Outline, Target, file_of, remember, remembered, shortcut_of
+from .outline import Outline, Target, behind, file_of, remember, remembered, shortcut_of, shorten
 from .rules import with_experts
 from .structure import PROBE, Structure, discover, find_blocks, register_probe
 
@@ -107,7 +107,7 @@ class Source:
         file = file_of(self.config, self.checkpoint)
         self.outline = remembered(file)
         if self.outline is not None:
-            remember(self.shortcut, self.outline)
+            shorten(self.shortcut, file)
             return
         for tensor, target in self.targets.items():
             if target.pattern is None:
@@ -116,8 +116,8 @@ class Source:
             for name, _ in self.model.get_submodule(block).named_parameters(prefix=block):
                 if name not in self.tensors_of and self._tied(name) == name:
                     raise self._absent(name)
-        for each in (file, self.shortcut):
-            remember(each, Outline(self.structure, self.targets))
+        remember(file, Outline(self.structure, self.targets))
+        shorten(self.shortcut, file)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         path, _, leaf = name.rpartition(".")
@@ -355,7 +355,7 @@ def open_remembered(
 
     `settings` are config.json as it is, without what it says of quantization.
     """
-    outline = remembered(shortcut_of(settings, checkpoint))
+    outline = remembered(behind(shortcut_of(settings, checkpoint)))
     return None if outline is None else Source(name, folder, None, checkpoint, outline=outline)
 
 

@@ -77,15 +77,31 @@ def file_of(config: Any, checkpoint: Checkpoint) -> Path | None:
     """Return the file that remembers a model of this configuration and these tensors; None if nothing shall be."""
     if _folder() is None or getattr(config, "auto_map", None):
         return None
-    return _named(config.to_dict(), checkpoint)
+    return _named(config.to_dict(), checkpoint, "outlines", "json")
 
 
 def shortcut_of(settings: dict[str, Any], checkpoint: Checkpoint) -> Path | None:
-    """Return a second file for the same model, found without transformers: by config.json as it is."""
-    return None if settings.get("auto_map") else _named(settings, checkpoint)
+    """Return the file that names `file_of` without asking transformers: by config.json as it is."""
+    return None if settings.get("auto_map") else _named(settings, checkpoint, "shortcuts", "txt")
 
 
-def _named(settings: dict[str, Any], checkpoint: Checkpoint) -> Path | None:
+def behind(shortcut: Path | None) -> Path | None:
+    """Return the file that a shortcut leads to, if it leads anywhere."""
+    with suppress(OSError, UnicodeDecodeError):
+        if shortcut is not None and shortcut.is_file():
+            return shortcut.parent.parent / "outlines" / Path(shortcut.read_text("utf-8")).name
+    return None
+
+
+def shorten(shortcut: Path | None, file: Path | None) -> None:
+    """Let a shortcut lead to a file."""
+    if shortcut is not None and file is not None and behind(shortcut) != file:
+        with suppress(OSError):
+            shortcut.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(shortcut, file.name.encode())
+
+
+def _named(settings: dict[str, Any], checkpoint: Checkpoint, kind: str, suffix: str) -> Path | None:
     folder = _folder()
     if folder is None:
         return None
@@ -94,7 +110,7 @@ def _named(settings: dict[str, Any], checkpoint: Checkpoint) -> Path | None:
     tensors = [(info.name, list(info.shape)) for info in checkpoint.tensors.values()]
     versions = [__version__, torch.__version__, version("transformers"), *_code()]
     parts = json.dumps([kept, sorted(tensors), versions], sort_keys=True, default=str)
-    return folder / "outlines" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
+    return folder / kind / f"{hashlib.sha256(parts.encode()).hexdigest()}.{suffix}"
 
 
 def _code() -> Iterable[str]:

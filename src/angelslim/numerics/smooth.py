@@ -70,10 +70,9 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
     one value.
     """
     stacks = _stacked([reader.sampled() for reader in readers])
-    exact = [
-        _squares(inputs.float() @ reader.weight.float().T, rows).clamp(min=1e-30) for reader, rows in stacks
-    ]
     known = for_comparing(inputs.float())
+    outputs = [known @ for_comparing(reader.weight.float()).T for reader, _ in stacks]
+    exact = [_squares(each, rows).clamp(min=1e-30) for each, (_, rows) in zip(outputs, stacks, strict=True)]
 
     def judged(alphas: Sequence[float | None]) -> list[Choice]:
         scales = [

@@ -116,7 +116,7 @@ def apply(block: Block, fold: Fold, scale: Tensor) -> Tensor | str:
     values, realised = divided(block, fold, by_channel)
     columns = fold.spread(realised)
     values |= multiplied(block, fold, columns)
-    if not all(value.isfinite().all() for value in values.values()):
+    if not all(value.to(block.parameter(path).dtype).isfinite().all() for path, value in values.items()):
         return "the rescaled weights overflow their type"
     block.rescale(values, (*fold.group.linears, *fold.group.others), columns)
     for path in _stacked(block, fold.group):
@@ -350,7 +350,7 @@ def divided(block: Block, fold: Fold, scale: Tensor) -> tuple[dict[str, Tensor],
             scale = torch.where(lost, 1.0, torch.where(exact == 0, scale, exact / rounded))
         else:
             shape = (-1,) + (1,) * (now.dim() - 1)
-            values[path] = (now.float() / scale.view(shape)).to(now.dtype)
+            values[path] = block.exact(path).float() / scale.view(shape)
     return values, scale
 
 
@@ -360,5 +360,5 @@ def multiplied(block: Block, fold: Fold, columns: Tensor) -> dict[str, Tensor]:
     for path in (*fold.group.linears, *fold.group.others):
         for name, now in submodule(block, path).named_parameters(recurse=False):
             if now.dim() == 2:
-                values[f"{path}.{name}"] = (now.float() * columns).to(now.dtype)
+                values[f"{path}.{name}"] = block.exact(f"{path}.{name}").float() * columns
     return values

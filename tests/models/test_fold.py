@@ -273,7 +273,7 @@ def test_eight_bits_are_rounded_from_what_was_not_rounded_before(tmp_path):
     source, stream = streamed(tmp_path)
     with stream.resident(0) as runner:
         groups = groups_by_linear(source)
-        for scheme, exact in ((PRESETS["int8_dynamic"], True), (PRESETS["int4"], False)):
+        for scheme, exact in ((PRESETS["int8_dynamic"], True), (PRESETS["mxfp4_weight_only"], False)):
             layers = tuple(x for x in select(source, scheme).layers if x.block == 0)
             block = Block(source, 0, layers, groups, CPU, runner)
             layer = next(x for x in layers if x.module and x.module.endswith("gate_proj"))

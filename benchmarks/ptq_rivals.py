@@ -36,8 +36,19 @@ LC, GM, PUBLISHED, OURS = "llmcompressor", "gptqmodel", "published", "angelslim"
 MODELS = ("bench-lm", "tiny-lm", "outliers")
 GROUPS = (  # what is compared with one another runs together
     (Entry(LC, "rtn_w4"), Entry(OURS, "rtn_w4")),
-    (Entry(LC, "gptq_w4"), Entry(GM, "gptq_w4"), Entry(OURS, "gptq_w4")),
-    (Entry(GM, "gptaq_w4"), Entry(OURS, "gptaq_w4")),
+    (
+        Entry(LC, "gptq_w4"),
+        Entry(GM, "gptq_w4"),
+        Entry(GM, "gptq_w4_mse"),
+        Entry(OURS, "gptq_w4"),
+        Entry(OURS, "gptq_w4_plain"),
+    ),
+    (
+        Entry(GM, "gptaq_w4"),
+        Entry(GM, "gptaq_w4_mse"),
+        Entry(OURS, "gptaq_w4"),
+        Entry(OURS, "gptaq_w4_plain"),
+    ),
     (Entry(LC, "awq_w4"), Entry(OURS, "awq_w4")),
     (
         Entry(LC, "autoround_w4"),
@@ -69,7 +80,8 @@ def subjects(options: argparse.Namespace, settings: Settings) -> list[tuple[Subj
     if "tiny-lm" in names:
         found.append((Subject("tiny-lm", builtin_model("tiny-lm"), work, settings), GROUPS))
     if "bench-lm" in names:
-        found.append((Subject("bench-lm", options.bench_lm, work, settings), GROUPS))
+        trained = options.bench_lm.name  # bench-lm, or another training of it: rows of two must not meet
+        found.append((Subject(trained, options.bench_lm, work, settings), GROUPS))
     if "outliers" in names:
         planted = work / "outliers"
         if not planted.exists():

@@ -16,7 +16,11 @@ SAME = 1.005  # the same arithmetic on both sides: within half a percent is equa
 QUALITY = (
     ("rtn_w4", "rtn_w4", SAME),
     ("gptq_w4", "gptq_w4", 1.0),
+    ("gptq_w4_plain", "gptq_w4", 1.0),  # neither searches ranges
+    ("gptq_w4", "gptq_w4_mse", 1.0),  # both do
     ("gptaq_w4", "gptaq_w4", 1.0),
+    ("gptaq_w4_plain", "gptaq_w4", 1.0),
+    ("gptaq_w4", "gptaq_w4_mse", 1.0),
     ("awq_w4", "awq_w4", 1.0),
     ("autoround_w4", "autoround_w4", 1.0),
     ("best_w4", "autoround_w4", 1.0),
@@ -63,8 +67,8 @@ def all_bars(rows: list[Row]) -> list[Row]:
             found += _never_worse(mine)
             continue
         found += _quality(model, mine)
-        if model == "bench-lm":
-            found += _speed([row for row in mine if row["timed"]])
+        if model.startswith("bench-lm"):
+            found += _speed(model, [row for row in mine if row["timed"]])
     return found
 
 
@@ -81,7 +85,7 @@ def _quality(model: str, rows: list[Row]) -> list[Row]:
     return found
 
 
-def _speed(rows: list[Row]) -> list[Row]:
+def _speed(model: str, rows: list[Row]) -> list[Row]:
     found = []
     for ours, theirs, named, kind, goal in SPEED:
         for figure, word in FIGURES[kind]:
@@ -94,7 +98,7 @@ def _speed(rows: list[Row]) -> list[Row]:
             best = {seed: min(part[seed] for part in others if seed in part) for seed in set().union(*others)}
             ratios = [own[seed] / best[seed] for seed in own if seed in best]
             if ratios:
-                name = f"bench-lm, {ours}: {word} of the {kind} over {named or 'the best other'}'s {theirs}"
+                name = f"{model}, {ours}: {word} of the {kind} over {named or 'the best other'}'s {theirs}"
                 found.append(bar(name, statistics.median(ratios), goal, at_most=True))
     return found
 

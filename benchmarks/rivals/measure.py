@@ -116,7 +116,11 @@ class Bench:
         start = time.perf_counter()
         with said.open("wb") as stream:
             process = subprocess.Popen(
-                list(map(str, program)), stdout=stream, stderr=stream, env=self._environment(), cwd=self.work
+                list(map(str, program)),
+                stdout=stream,
+                stderr=stream,
+                env=self._environment(entry.tool),
+                cwd=self.work,
             )
             usage, ended = self._wait(process)
         wall = time.perf_counter() - start
@@ -147,8 +151,12 @@ class Bench:
                 ended = False
             time.sleep(0.02)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, tool: str) -> dict[str, str]:
         threads = str(self.threads)
+        # a path of ours must not lead into another tool's environment
+        inherited = {
+            name: value for name, value in os.environ.items() if tool == "angelslim" or name != "PYTHONPATH"
+        }
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return {**os.environ, **dict.fromkeys(names, threads), **offline, "TOKENIZERS_PARALLELISM": "false"}
+        return {**inherited, **dict.fromkeys(names, threads), **offline, "TOKENIZERS_PARALLELISM": "false"}

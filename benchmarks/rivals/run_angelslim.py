@@ -9,7 +9,9 @@ from runner import Task, main
 RECIPES = {
     "rtn_w4": "int4_rtn",
     "gptq_w4": "int4_gptq",
+    "gptq_w4_plain": "int4_gptq",  # ranges as they are
     "gptaq_w4": "int4_gptaq",
+    "gptaq_w4_plain": "int4_gptaq",
     "awq_w4": "int4_awq",
     "autoround_w4": "int4_autoround",
     "best_w4": "int4_best",
@@ -23,7 +25,12 @@ RECIPES = {
     "int8_dynamic": "int8_dynamic",
     "int8_smooth": "int8_smooth",
 }
-EXTRA = {"autoround_w4": {"compression__quantization__quant_method__iterations": 50}}  # as the other tool's
+METHOD = "compression__quantization__quant_method__"
+EXTRA = {
+    "autoround_w4": {f"{METHOD}iterations": 50},  # as the other tool's
+    "gptq_w4_plain": {f"{METHOD}mse_range": False},
+    "gptaq_w4_plain": {f"{METHOD}mse_range": False},
+}
 
 
 def compress(task: Task, name: str) -> None:

@@ -119,7 +119,7 @@ def _divergences(
     """Return, over the tokens of all processes, the sums of both divergences, and the number of tokens."""
     config = deepcopy(source.config)
     config.dtype = checkpoint.dtype
-    original = replace(source, config=config, outline=Outline(source.structure, source.targets))
+    original = replace(source, given=config, outline=Outline(source.structure, source.targets))
     compressed = replace(original, checkpoint=checkpoint)
     streams = {
         name: BlockStream(opened, samples, ActivationStore(folder / name, budget // 3), device)

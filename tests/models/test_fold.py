@@ -14,9 +14,10 @@ from angelslim.models.block import Block
 from angelslim.models.experts import ExpertRunner
 from angelslim.models.fold import NO_MAKER, Fold, _row_maps, find
 from angelslim.models.loading import open_model
-from angelslim.models.select import groups_by_linear
+from angelslim.models.select import groups_by_linear, select
 from angelslim.models.structure import Group
 from angelslim.models.walk import BlockStream
+from angelslim.numerics.scheme import PRESETS
 from angelslim.reopen import load
 from families import random_model, save_random
 
@@ -264,3 +265,26 @@ def test_row_maps_stay_inside_the_maker():
         for maps in _row_maps(out, width):
             for rows in maps:
                 assert len(rows) == width and rows.min() >= 0 and rows.max() < out
+
+
+def test_eight_bits_are_rounded_from_what_was_not_rounded_before(tmp_path):
+    """A rescaled bfloat16 weight is rounded once: to eight bits, not to sixteen first."""
+    save_random("qwen3", tmp_path)
+    source, stream = streamed(tmp_path)
+    with stream.resident(0) as runner:
+        groups = groups_by_linear(source)
+        for scheme, exact in ((PRESETS["int8_dynamic"], True), (PRESETS["mxfp4_weight_only"], False)):
+            layers = tuple(x for x in select(source, scheme).layers if x.block == 0)
+            block = Block(source, 0, layers, groups, CPU, runner)
+            layer = next(x for x in layers if x.module and x.module.endswith("gate_proj"))
+            path = f"{layer.module}.weight"
+            kept = block.parameter(path).bfloat16()
+            value, columns = kept.float() * 1.1, torch.full((kept.shape[1],), 1.1)
+            block._assign(path, kept)
+            block.submodule(layer.module).weight.data = kept
+            block.rescale({path: value}, [layer.module], columns)
+            assert block.parameter(path).dtype == torch.bfloat16
+            wanted = value if exact else value.bfloat16()
+            assert torch.equal(block.weight(layer), wanted)
+            block.replace(layer, kept)
+            assert torch.equal(block.weight(layer), kept)

@@ -10,6 +10,8 @@ import pytest
 
 from angelslim import pipeline
 from angelslim.base.errors import ModelError
+from angelslim.export._checkpoint import open_any
+from angelslim.models import loading
 from angelslim.models.loading import open_model
 from angelslim.models.outline import VARIABLE, Outline, file_of, remembered
 from families import save_random
@@ -36,13 +38,13 @@ def test_what_is_remembered_is_what_was_found(family, cache, tmp_path):
 
 
 def test_a_run_without_data_builds_no_network(cache, tmp_path):
-    """In a process of its own: modelling code must not even be imported, and the weights are the same."""
+    """In a process of its own: transformers must not even be imported, and the weights are the same."""
     folder = save_qwen3(tmp_path / "model")
     words = (str(folder), "evaluation.enabled=false", "--out")
     script = (
         "import sys; from angelslim.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('transformers.modeling_utils' in sys.modules)"
+        "print('transformers' in sys.modules)"
     )
     said = []
     for name in ("first", "second"):
@@ -50,6 +52,30 @@ def test_a_run_without_data_builds_no_network(cache, tmp_path):
         said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     assert said == ["True", "False"]
     assert fingerprints(tmp_path / "first") == fingerprints(tmp_path / "second")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3", "qwen2_5_vl", "qwen2_audio"])
+def test_a_model_that_was_opened_before_is_opened_without_transformers(family, cache, tmp_path, monkeypatch):
+    save_random(family, tmp_path / "model")
+    first = open_model(tmp_path / "model")
+    first.check()
+    with monkeypatch.context() as without:
+        without.setattr(loading, "load_config", None)
+        second = open_any(tmp_path / "model")
+        second.check()
+        assert second.structure == first.structure and second.dtype == first.dtype
+    assert second.config.to_dict() == first.config.to_dict()
+
+
+def test_a_shortcut_that_leads_nowhere_is_none(cache, tmp_path):
+    folder = save_qwen3(tmp_path / "model")
+    open_model(folder).check()
+    (shortcut,) = (cache.parent / "shortcuts").iterdir()
+    for text in (b"", b"elsewhere.json", b"\xff", b"../../model/config.json"):
+        shortcut.write_bytes(text)
+        assert open_model(folder).outline is None
+    open_model(folder).check()
+    assert open_model(folder).outline is not None
 
 
 def test_another_shape_or_configuration_is_another_model(cache, tmp_path):

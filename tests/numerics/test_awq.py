@@ -7,6 +7,7 @@ import torch
 
 from angelslim.numerics import awq
 from angelslim.numerics.awq import Reader, column_share, scale_of, search
+from angelslim.numerics.products import Quadratic
 from angelslim.numerics.scheme import FORMATS, PER_CHANNEL, PRESETS, Quant, per_group
 
 IN = 64
@@ -55,7 +56,9 @@ def test_the_loss_is_what_the_outputs_lose():
     weight, seen = weights(), inputs()
     scale = scale_of(seen.abs().mean(0), torch.ones(IN), 10, False)
     lost = ((weight - rounded(weight.double(), scale.double(), 32)).double() @ seen.double().T).square().sum()
-    assert reader(weight).loss(scale, hessian(seen)) * len(seen) == pytest.approx(lost.item(), rel=1e-3)
+    assert reader(weight).losses([scale], Quadratic(hessian(seen)))[0] * len(seen) == pytest.approx(
+        lost.item(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("duo", [False, True])
@@ -96,7 +99,10 @@ def test_the_best_is_never_worse_than_rounding(name, duo):
     assert losses[0] < 0.9 * plain.loss  # these inputs are made for it
     assert duo or not any(each.duo for each in found)
     signal = [((each.weight @ squares) * each.weight).sum() for each in readers]
-    plain_loss = sum(each.loss(torch.ones(IN), squares) / s for each, s in zip(readers, signal, strict=True))
+    plain_loss = sum(
+        each.losses([torch.ones(IN)], Quadratic(squares))[0] / s
+        for each, s in zip(readers, signal, strict=True)
+    )
     assert plain.loss == pytest.approx(float(plain_loss), rel=1e-4)
 
 

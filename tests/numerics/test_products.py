@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from angelslim.numerics.products import TOGETHER, Squares, bfloat16_factors
+from angelslim.numerics.products import TOGETHER, Quadratic, Squares, bfloat16_factors
 
 
 def values(tokens: int = 300, width: int = 200) -> torch.Tensor:
@@ -62,3 +62,16 @@ def test_three_digits_are_left_and_the_switch_goes_back():
     assert torch.equal(first @ second, before)
     with bfloat16_factors(False):
         assert torch.equal(first @ second, before)
+
+
+@pytest.mark.parametrize("width", [7, 200, 300])
+def test_the_quadratic_form_to_three_digits(width):
+    inputs, rows = values(400, width), values(50, width)[:, torch.randperm(width)]
+    hessian = inputs.T @ inputs / 400
+    kept = hessian.clone()
+    exact = ((rows.double() @ hessian.double()) * rows.double()).sum(1)
+    found = Quadratic(hessian)(rows)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), exact, rtol=1e-2)
+    assert found.sum().item() == pytest.approx(exact.sum().item(), rel=2e-3)
+    assert torch.equal(hessian, kept)

@@ -89,7 +89,7 @@ def precise(source: Source) -> Source:
     config = deepcopy(source.config)
     for part in {id(each): each for each in (config, config.get_text_config())}.values():
         part.dtype = torch.float32
-    return replace(source, config=config)
+    return replace(source, given=config)
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,18 @@ def spread(tasks: Sequence[Callable[[], float]]) -> list[float]:
 
     Processes that decide by such numbers decide alike, whatever their processors make of the last bit.
     """
+    return spread_all(len(tasks), lambda numbers: [tasks[number]() for number in numbers])
+
+
+def spread_all(count: int, compute: Callable[[Sequence[int]], Sequence[float]]) -> list[float]:
+    """Do the same for tasks that are cheaper together: `compute` gets the numbers of one process's tasks."""
     if world() == 1:
-        return [task() for task in tasks]
+        return list(compute(range(count)))
     import torch
 
-    found = torch.zeros(len(tasks), dtype=torch.float64)
-    for number in range(rank(), len(tasks), world()):
-        found[number] = tasks[number]()
+    found = torch.zeros(count, dtype=torch.float64)
+    mine = range(rank(), count, world())
+    found[list(mine)] = torch.tensor(compute(mine), dtype=torch.float64)
     numbers: list[float] = total(found).tolist()
     return numbers
 

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ..base.errors import ModelError
 from ..models.checkpoint import Checkpoint, TensorInfo, read_tensor
-from ..models.loading import Source, load_config, open_with, resolve, torch_dtype
+from ..models.loading import (
+    Source,
+    load_config,
+    open_plain,
+    open_remembered,
+    open_with,
+    raw_config,
+    raw_dtype,
+    resolve,
+    torch_dtype,
+)
 from ..numerics.quantize import Quantized, tile_of
 from ..numerics.scheme import Quant, Scheme
 from .base import FORMATS, Exporter, Restored
@@ -141,10 +151,14 @@ def open_quantized(folder: Path, config: Any) -> QuantizedCheckpoint:
     """Open a compressed folder with the exporter that its config.json names."""
     settings = config.quantization_config
     settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return _open_compressed(folder, settings, torch_dtype(config))
+
+
+def _open_compressed(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> QuantizedCheckpoint:
     for name in FORMATS:
         exporter = FORMATS.get(name)
         if exporter.reads(settings):
-            return QuantizedCheckpoint(folder, exporter, settings, torch_dtype(config))
+            return QuantizedCheckpoint(folder, exporter, settings, dtype)
     raise ModelError(
         f"{folder} uses the format {settings.get('quant_method')!r}, which cannot be read here.",
         fix="Load it in its own engine.",
@@ -154,9 +168,23 @@ def open_quantized(folder: Path, config: Any) -> QuantizedCheckpoint:
 def open_any(reference: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Open a model by folder, hub id or built-in name; a compressed one is decoded as it is read."""
     folder = resolve(reference)
+    known = _open_remembered(str(reference), folder)
+    if known is not None:
+        return known
     config = load_config(folder, trust_remote_code)
     if getattr(config, "quantization_config", None) is None:
-        return open_with(str(reference), folder, config, Checkpoint(folder))
+        return open_plain(str(reference), folder, config)
     checkpoint = open_quantized(folder, config)
     del config.quantization_config
     return open_with(str(reference), folder, config, checkpoint)
+
+
+def _open_remembered(name: str, folder: Path) -> Source | None:
+    """Open a folder without transformers if its model, compressed or not, was opened before."""
+    settings = raw_config(folder)
+    quantized = settings.pop("quantization_config", None)
+    if not settings or not list(folder.glob("*.safetensors")):
+        return None
+    dtype = raw_dtype(settings)
+    checkpoint = _open_compressed(folder, quantized, dtype) if quantized else Checkpoint(folder)
+    return open_remembered(name, folder, settings, checkpoint)

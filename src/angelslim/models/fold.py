@@ -65,9 +65,9 @@ class Fold:
 
 def find_all(block: Block, groups: Sequence[Group]) -> dict[Group, Fold | str]:
     """Return the folding behind each group's input, or the reason why there is none."""
-    refused = {group: _refusal(block, group) for group in groups}
+    refused = {group: refusal(block, group) for group in groups}
     tried = [group for group in groups if not refused[group]]
-    before = _observe(block, tried) if tried else None
+    before = observe(block, tried) if tried else None
     return {
         group: refused[group] if before is None or refused[group] else _search(block, group, before)
         for group in groups
@@ -79,7 +79,8 @@ def find(block: Block, group: Group) -> Fold | str:
     return find_all(block, [group])[group]
 
 
-def _refusal(block: Block, group: Group) -> str:
+def refusal(block: Block, group: Group) -> str:
+    """Return why a group's inputs cannot be rescaled, whoever makes them; "" where they can."""
     width = _width(block, group)
     for reader in group.others:
         if not _readable(block, reader, width):
@@ -87,13 +88,13 @@ def _refusal(block: Block, group: Group) -> str:
     return ""
 
 
-def _search(block: Block, group: Group, seen: _Seen) -> Fold | str:
-    if not _agreed(all(path in seen.inputs for path in (*group.linears, *group.others))):
+def _search(block: Block, group: Group, seen: Seen) -> Fold | str:
+    if not agreed(all(path in seen.inputs for path in (*group.linears, *group.others))):
         return UNREACHED
     before = seen.of(group)
     readers = [f"{path}.weight" for path in group.linears]
     for options in _candidates(block, group, _width(block, group)):
-        if not all(_stored_plainly(block, path) for path in (*readers, *options[0].parameters)):
+        if not all(stored_plainly(block, path) for path in (*readers, *options[0].parameters)):
             continue
         # A single one is tried together with what makes up for it: inputs and outputs are checked in one run.
         matching = options if len(options) == 1 else _matching(block, options, before)
@@ -112,10 +113,10 @@ def apply(block: Block, fold: Fold, scale: Tensor) -> Tensor | str:
     """
     by_channel = torch.ones(fold.channels, device=scale.device)
     by_channel[fold.rows.to(scale.device)] = scale.float()
-    values, realised = _divided(block, fold, by_channel)
+    values, realised = divided(block, fold, by_channel)
     columns = fold.spread(realised)
-    values |= _multiplied(block, fold, columns)
-    if not all(value.isfinite().all() for value in values.values()):
+    values |= multiplied(block, fold, columns)
+    if not all(value.to(block.parameter(path).dtype).isfinite().all() for path, value in values.items()):
         return "the rescaled weights overflow their type"
     block.rescale(values, (*fold.group.linears, *fold.group.others), columns)
     for path in _stacked(block, fold.group):
@@ -162,7 +163,7 @@ def _readable(block: Block, path: str, width: int) -> bool:
     return all(len(shape) == 1 or (len(shape) == 2 and shape[1] == width) for shape in shapes)
 
 
-def _stored_plainly(block: Block, path: str) -> bool:
+def stored_plainly(block: Block, path: str) -> bool:
     """Say whether the checkpoint has a parameter as it is, so that another value of it can be written."""
     tensors = block.source.tensors_of.get(path)
     return tensors is None or block.source.targets[tensors[0]].pattern is None
@@ -242,20 +243,21 @@ def _divisors(number: int) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class Seen:
     """What one sample shows: each reader's input and outputs, and the block's output."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, list[Tensor]]
     block: Tensor
 
-    def of(self, group: Group) -> _Seen:
+    def of(self, group: Group) -> Seen:
         """Return what it shows of one group's readers."""
         paths = (*group.linears, *group.others)
-        return _Seen({p: self.inputs[p] for p in paths}, {p: self.outputs[p] for p in paths}, self.block)
+        return Seen({p: self.inputs[p] for p in paths}, {p: self.outputs[p] for p in paths}, self.block)
 
 
-def _observe(block: Block, groups: Sequence[Group]) -> _Seen:
+def observe(block: Block, groups: Sequence[Group]) -> Seen:
+    """Run the sample that foldings are verified on, and return what the groups' readers see and give."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, list[Tensor]] = {}
     handles = []
@@ -276,10 +278,10 @@ def _observe(block: Block, groups: Sequence[Group]) -> _Seen:
     finally:
         for handle in handles:
             handle.remove()
-    return _Seen(inputs, outputs, output)
+    return Seen(inputs, outputs, output)
 
 
-def _probe(fold: Fold, device: torch.device) -> Tensor:
+def probe(fold: Fold, device: torch.device) -> Tensor:
     """Return powers of two ``[channels]``; channels that feed nothing keep 1."""
     powers = torch.randint(-1, 2, (fold.channels,), generator=torch.Generator().manual_seed(fold.channels))
     scale = torch.ones(fold.channels)
@@ -287,37 +289,37 @@ def _probe(fold: Fold, device: torch.device) -> Tensor:
     return scale.to(device)
 
 
-def _matching(block: Block, options: Sequence[Fold], before: _Seen) -> Iterator[Fold]:
+def _matching(block: Block, options: Sequence[Fold], before: Seen) -> Iterator[Fold]:
     """Yield the options under which scaling the maker changes every reader's input as predicted."""
-    values, realised = _divided(block, options[0], _probe(options[0], block.device))
+    values, realised = divided(block, options[0], probe(options[0], block.device))
     with with_values(block, values):
-        after = _observe(block, [options[0].group]).inputs
+        after = observe(block, [options[0].group]).inputs
     for fold in options:
         columns = fold.spread(realised)
-        if _agreed(all(_close(after.get(path), columns, then) for path, then in before.inputs.items())):
+        if agreed(all(close(after.get(path), columns, then) for path, then in before.inputs.items())):
             yield fold
 
 
-def _compensates(block: Block, fold: Fold, before: _Seen) -> bool:
+def _compensates(block: Block, fold: Fold, before: Seen) -> bool:
     """Say whether the readers' inputs are divided, and their outputs and the block's stay what they were.
 
     The readers make up for the scale here.
     """
-    values, realised = _divided(block, fold, _probe(fold, block.device))
+    values, realised = divided(block, fold, probe(fold, block.device))
     columns = fold.spread(realised)
-    with with_values(block, values | _multiplied(block, fold, columns)):
-        after = _observe(block, [fold.group])
-    divided = all(_close(after.inputs.get(path), columns, then) for path, then in before.inputs.items())
+    with with_values(block, values | multiplied(block, fold, columns)):
+        after = observe(block, [fold.group])
+    predicted = all(close(after.inputs.get(path), columns, then) for path, then in before.inputs.items())
     pairs = [(after.block, before.block)]
     for path, outputs in before.outputs.items():
         pairs += zip(after.outputs.get(path, outputs), outputs, strict=True)
     # Powers of two are exact; 1 + w is not, and its error is that of storing the weights.
     room = 4 * torch.finfo(before.block.dtype).eps if fold.offset else 1e-6
     same = ((now - then).abs().max() <= room * then.abs().max() for now, then in pairs if then.numel())
-    return _agreed(divided and all(same))
+    return agreed(predicted and all(same))
 
 
-def _close(now: Tensor | None, columns: Tensor, then: Tensor) -> bool:
+def close(now: Tensor | None, columns: Tensor, then: Tensor) -> bool:
     """Compare inputs times their scale with what they were, element by element, up to a few roundings of the type."""
     if now is None or now.shape != then.shape:
         return False
@@ -326,7 +328,7 @@ def _close(now: Tensor | None, columns: Tensor, then: Tensor) -> bool:
     return bool(((now.float() * columns - then).abs() <= room * then.abs()).all())
 
 
-def _agreed(holds: bool) -> bool:
+def agreed(holds: bool) -> bool:
     """Say whether something holds in every process of the run: each tries its own sample."""
     return not parallel.total_count(int(not holds))
 
@@ -334,7 +336,7 @@ def _agreed(holds: bool) -> bool:
 # ------------------------------------------------------------------------------------------- the values
 
 
-def _divided(block: Block, fold: Fold, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def divided(block: Block, fold: Fold, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return the maker's parameters divided by `scale` ``[channels]``, and the scale they really are divided by."""
     parameters = {path: block.parameter(path) for path in fold.parameters}
     values: dict[str, Tensor] = {}
@@ -348,15 +350,15 @@ def _divided(block: Block, fold: Fold, scale: Tensor) -> tuple[dict[str, Tensor]
             scale = torch.where(lost, 1.0, torch.where(exact == 0, scale, exact / rounded))
         else:
             shape = (-1,) + (1,) * (now.dim() - 1)
-            values[path] = (now.float() / scale.view(shape)).to(now.dtype)
+            values[path] = block.exact(path).float() / scale.view(shape)
     return values, scale
 
 
-def _multiplied(block: Block, fold: Fold, columns: Tensor) -> dict[str, Tensor]:
+def multiplied(block: Block, fold: Fold, columns: Tensor) -> dict[str, Tensor]:
     """Return the readers' matrices with their columns multiplied."""
     values = {}
     for path in (*fold.group.linears, *fold.group.others):
         for name, now in submodule(block, path).named_parameters(recurse=False):
             if now.dim() == 2:
-                values[f"{path}.{name}"] = (now.float() * columns).to(now.dtype)
+                values[f"{path}.{name}"] = block.exact(f"{path}.{name}").float() * columns
     return values

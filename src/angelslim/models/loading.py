@@ -8,6 +8,8 @@ fused layouts (per-expert matrices stacked into one parameter) need no code here
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
-from .outline import Outline, Target, file_of, remember, remembered
+from .outline import Outline, Target, behind, file_of, remember, remembered, shortcut_of, shorten
 from .rules import with_experts
 from .structure import PROBE, Structure, discover, find_blocks, register_probe
 
@@ -35,10 +37,21 @@ class Source:
 
     name: str  # as the user named it
     folder: Path
-    config: Any
+    given: Any  # the configuration; None where it is read when it is first asked for
     checkpoint: Checkpoint
     edits: dict[str, Any] = field(default_factory=dict)  # what a rewrite changed in config.json
     outline: Outline | None = None
+    shortcut: Path | None = None  # where the next `open_model` looks for the outline
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration as transformers reads it."""
+        if self.given is not None:
+            return self.given
+        found = load_config(self.folder)
+        if getattr(found, "quantization_config", None) is not None:
+            del found.quantization_config  # the checkpoint is decoded as it is read
+        return found
 
     @cached_property
     def model(self) -> Any:
@@ -70,6 +83,8 @@ class Source:
     @property
     def dtype(self) -> torch.dtype:
         """The type the model computes in."""
+        if self.given is None:
+            return raw_dtype(raw_config(self.folder))
         return torch_dtype(self.config)
 
     @cached_property
@@ -87,9 +102,12 @@ class Source:
 
         One that passed is remembered.
         """
-        file = file_of(self.config, self.checkpoint)
-        self.outline = self.outline or remembered(file)
         if self.outline is not None:
+            return
+        file = file_of(self.config, self.checkpoint)
+        self.outline = remembered(file)
+        if self.outline is not None:
+            shorten(self.shortcut, file)
             return
         for tensor, target in self.targets.items():
             if target.pattern is None:
@@ -99,6 +117,7 @@ class Source:
                 if name not in self.tensors_of and self._tied(name) == name:
                     raise self._absent(name)
         remember(file, Outline(self.structure, self.targets))
+        shorten(self.shortcut, file)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         path, _, leaf = name.rpartition(".")
@@ -236,20 +255,28 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in text:
             fix = "It brings its own code. If you trust it, set model.trust_remote_code=true."
         else:
-            model_type = _declared_type(folder)
+            model_type = str(raw_config(folder).get("model_type", ""))
             fix = did_you_mean(model_type, CONFIG_MAPPING_NAMES) if len(model_type) > 3 else ""
             fix = fix if fix.startswith("Did") else "Update transformers, or check config.json."
             text = f"model_type {model_type!r}" if model_type not in CONFIG_MAPPING_NAMES else text
         raise ModelError(f"{folder / 'config.json'} cannot be used: {text[:200]}.", fix=fix) from error
 
 
-def _declared_type(folder: Path) -> str:
-    import json
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Return config.json as it is; nothing where it cannot be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / "config.json").read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
-    try:
-        return str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+
+def raw_dtype(settings: dict[str, Any]) -> torch.dtype:
+    """Return what `torch_dtype` returns."""
+    for each in (settings, settings.get("text_config") or {}):
+        named = getattr(torch, str(each.get("dtype") or each.get("torch_dtype")), None)
+        if isinstance(named, torch.dtype):
+            return named
+    return torch.float32
 
 
 def model_class(config: Any) -> Any:
@@ -306,6 +333,11 @@ def probe_model(config: Any) -> Any:
 def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Open a model by folder, hub id or built-in name; reads headers only."""
     folder = resolve(reference)
+    settings = raw_config(folder)
+    if settings and not settings.get("quantization_config") and list(folder.glob("*.safetensors")):
+        known = open_remembered(str(reference), folder, settings, Checkpoint(folder))
+        if known is not None:
+            return known
     config = load_config(folder, trust_remote_code)
     quantized = getattr(config, "quantization_config", None)
     if quantized:
@@ -313,7 +345,24 @@ def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Sou
         raise ModelError(
             f"{folder} is already quantized ({method}).", fix="Start from the full-precision model instead."
         )
-    return open_with(str(reference), folder, config, Checkpoint(folder))
+    return open_plain(str(reference), folder, config)
+
+
+def open_remembered(
+    name: str, folder: Path, settings: dict[str, Any], checkpoint: Checkpoint
+) -> Source | None:
+    """Open a model that was opened before, without transformers; None if it was not.
+
+    `settings` are config.json as it is, without what it says of quantization.
+    """
+    outline = remembered(behind(shortcut_of(settings, checkpoint)))
+    return None if outline is None else Source(name, folder, None, checkpoint, outline=outline)
+
+
+def open_plain(name: str, folder: Path, config: Any) -> Source:
+    """Open a model in full precision; once it is checked, `open_remembered` will know it."""
+    checkpoint = Checkpoint(folder)
+    return Source(name, folder, config, checkpoint, shortcut=shortcut_of(raw_config(folder), checkpoint))
 
 
 def open_with(name: str, folder: Path, config: Any, checkpoint: Checkpoint) -> Source:

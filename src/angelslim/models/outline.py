@@ -3,7 +3,8 @@
 Both take the modelling code of transformers, which is two seconds and 130 MB to import, and a network without
 memory to run once. They depend on nothing but the configuration, the tensors' names and shapes, and the versions of
 the code: their hash is the name of a small JSON file in the user's cache folder. So the second `plan`, and every run
-that rounds without data, starts without building the network.
+that rounds without data, starts without building the network, and a folder that was opened before (`shortcut_of`)
+without transformers at all.
 
 The folder is ``$ANGELSLIM_CACHE``, or ``angelslim`` in the user's cache; an empty ``ANGELSLIM_CACHE`` turns this off.
 A file that cannot be read or written is as good as none. Models that bring their own code are never remembered.
@@ -17,6 +18,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +75,42 @@ def _structure(raw: dict[str, Any]) -> Structure:
 
 def file_of(config: Any, checkpoint: Checkpoint) -> Path | None:
     """Return the file that remembers a model of this configuration and these tensors; None if nothing shall be."""
-    folder = _folder()
-    if folder is None or getattr(config, "auto_map", None):
+    if _folder() is None or getattr(config, "auto_map", None):
         return None
-    import transformers
+    return _named(config.to_dict(), checkpoint, "outlines", "json")
 
-    settings = config.to_dict()
-    for changing in ("_name_or_path", "transformers_version"):
-        settings.pop(changing, None)
+
+def shortcut_of(settings: dict[str, Any], checkpoint: Checkpoint) -> Path | None:
+    """Return the file that names `file_of` without asking transformers: by config.json as it is."""
+    return None if settings.get("auto_map") else _named(settings, checkpoint, "shortcuts", "txt")
+
+
+def behind(shortcut: Path | None) -> Path | None:
+    """Return the file that a shortcut leads to, if it leads anywhere."""
+    with suppress(OSError, UnicodeDecodeError):
+        if shortcut is not None and shortcut.is_file():
+            return shortcut.parent.parent / "outlines" / Path(shortcut.read_text("utf-8")).name
+    return None
+
+
+def shorten(shortcut: Path | None, file: Path | None) -> None:
+    """Let a shortcut lead to a file."""
+    if shortcut is not None and file is not None and behind(shortcut) != file:
+        with suppress(OSError):
+            shortcut.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(shortcut, file.name.encode())
+
+
+def _named(settings: dict[str, Any], checkpoint: Checkpoint, kind: str, suffix: str) -> Path | None:
+    folder = _folder()
+    if folder is None:
+        return None
+    changing = ("_name_or_path", "transformers_version")
+    kept = {name: value for name, value in settings.items() if name not in changing}
     tensors = [(info.name, list(info.shape)) for info in checkpoint.tensors.values()]
-    versions = [__version__, torch.__version__, transformers.__version__, *_code()]
-    parts = json.dumps([settings, sorted(tensors), versions], sort_keys=True, default=str)
-    return folder / "outlines" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
+    versions = [__version__, torch.__version__, version("transformers"), *_code()]
+    parts = json.dumps([kept, sorted(tensors), versions], sort_keys=True, default=str)
+    return folder / kind / f"{hashlib.sha256(parts.encode()).hexdigest()}.{suffix}"
 
 
 def _code() -> Iterable[str]:

@@ -12,9 +12,8 @@ the skeleton sees what was added, and the stream adds it again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 
 from ..base.errors import ModelError
 from .activations import ActivationStore
+from .batches import Enough, Watch, batches, computes_together, finite
 from .block import ObservePair
+from .calls import Call, Interned, same
 from .experts import ExpertRunner, StreamedExperts, streamable, watching
 from .inputs import Observe
 from .loading import Source
 from .outside import TEXT_INPUTS, before_blocks, filled_on_demand
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block after the hidden states
 
 
 class BlockStream:
@@ -61,7 +60,8 @@ class BlockStream:
         self.experts: dict[str, StreamedExperts] = {}  # those of the resident block
         self._calls: list[dict[int, Call]] = []  # sample -> block -> call
         self._added: list[dict[int, Tensor]] = []  # sample -> block -> what the model adds before it
-        self._interned: dict[str, Tensor] = {}
+        self._interned = Interned()
+        self._together: dict[object, bool] = {}  # kind of block -> whether samples can run together
 
     def prepare(self, first: int) -> None:
         """Run the skeleton; generation 0 is stored unless the walk continues at block `first` > 0."""
@@ -130,12 +130,18 @@ class BlockStream:
         """
         if keep and not (observe or self.experts or self.wanted(index + 1)):
             return
+        wanted = bool(self.experts) or (keep and self.wanted(index + 1))
         modules = {path: self.source.model.get_submodule(path) for path in observe}
-        with watching(modules, observe), torch.no_grad():
-            for sample in range(len(self.samples)):
-                output = self._forward(index, sample, "record" if keep else "silent")
-                if keep and not self.experts:
-                    self._advance(index, sample, output, again=again)
+        watch, together = Watch(modules, observe), self._batches(index)
+        with watch.hooked(), torch.no_grad():
+            for samples in together:
+                watch.count, output = len(samples), None
+                with suppress(Enough):
+                    output = self._forward(index, samples, "record" if keep else "silent")
+                    if not wanted:
+                        watch.learn()
+                for place, sample in enumerate(samples) if keep and not self.experts else ():
+                    self._advance(index, sample, None if output is None else output[place : place + 1], again)
 
     def compare(self, index: int, observe: Mapping[str, ObservePair]) -> None:
         """Run every sample from both of its inputs; the outputs of the original's are the next generation."""
@@ -146,10 +152,10 @@ class BlockStream:
         functions = {path: partial(seen.__setitem__, path) for path in observe}
         with watching(modules, functions), torch.no_grad():
             for sample, given in enumerate(self.samples):
-                self._forward(index, sample, "silent")
+                self._forward(index, [sample], "silent")
                 inputs = dict(seen)
                 seen.clear()
-                output = self._forward(index, count + sample, "record")
+                output = self._forward(index, [count + sample], "record")
                 if not self.experts:
                     self._advance(index, count + sample, output)
                 for path, values in inputs.items():
@@ -173,7 +179,7 @@ class BlockStream:
                 if entry == count:
                     self.source.free(self.blocks[index])
                     self.source.materialize(self.blocks[index], self.device, leave=frozenset(self.experts))
-                self._advance(index, entry, self._forward(index, entry, "play"))
+                self._advance(index, entry, self._forward(index, [entry], "play"))
 
     def through(self, index: int) -> None:
         """Run every sample through the resident block `index` as it is, its experts too, and store the outputs."""
@@ -185,13 +191,10 @@ class BlockStream:
 
     def forward(self, index: int, samples: Sequence[int]) -> Tensor:
         """Return the outputs ``[samples, tokens, hidden]`` of block `index`; streamed experts answer zero."""
-        calls = [self._calls[sample][index] for sample in samples]
-        hidden = [self._input(index, sample) for sample in samples]
-        alike = all(_same(call, calls[0]) for call in calls) and len({each.shape for each in hidden}) == 1
         self._set_mode("silent", 0)
-        if alike:
-            return self._call(index, torch.cat(hidden), calls[0])
-        return torch.cat([self._call(index, each, call) for each, call in zip(hidden, calls, strict=True)])
+        if all(self._alike(index, samples[0], sample) for sample in samples):
+            return self._call(index, samples)
+        return torch.cat([self._call(index, [sample]) for sample in samples])
 
     @contextmanager
     def tail(self) -> Iterator[Callable[[int, Tensor], Tensor]]:
@@ -224,8 +227,8 @@ class BlockStream:
                 del module.forward
             self.source.free("")
 
-    def _advance(self, index: int, entry: int, output: Tensor, *, again: bool = False) -> None:
-        if self.wanted(index + 1):
+    def _advance(self, index: int, entry: int, output: Tensor | None, again: bool = False) -> None:
+        if output is not None and self.wanted(index + 1):
             self.store.put(index + 1, entry, output)
         if not again:
             self.store.drop(index, entry)
@@ -234,13 +237,35 @@ class BlockStream:
         for experts in self.experts.values():
             experts.mode, experts.entry = mode, entry
 
-    def _forward(self, index: int, entry: int, mode: Literal["silent", "record", "play"]) -> Tensor:
-        sample = entry % len(self.samples)
-        self._set_mode(mode, entry)
-        output = self._call(index, self._input(index, entry), self._calls[sample][index])
-        if not _finite(output):
+    def _alike(self, index: int, one: int, other: int) -> bool:
+        """Say whether two samples can run through a block together: of one length, and called alike."""
+        shapes = [self.samples[sample]["input_ids"].shape for sample in (one, other)]
+        return shapes[0] == shapes[1] and same(self._calls[one][index], self._calls[other][index])
+
+    def _batches(self, index: int) -> list[list[int]]:
+        """Return the samples that run through a block together."""
+        alone = [[sample] for sample in range(len(self.samples))]
+        found = batches(
+            len(alone), partial(self._alike, index), lambda x: self.samples[x]["input_ids"].numel()
+        )
+        several = next((samples for samples in found if len(samples) > 1), None)
+        if several is None or self.experts:
+            return alone
+        block = self.source.model.get_submodule(self.blocks[index])
+        kind = type(block), *(name for name, _ in block.named_modules())
+        if kind not in self._together:
+            self._together[kind] = computes_together(block, partial(self._call, index), several[:2])
+        return found if self._together[kind] else alone
+
+    def _forward(
+        self, index: int, entries: Sequence[int], mode: Literal["silent", "record", "play"]
+    ) -> Tensor:
+        self._set_mode(mode, entries[0])
+        output = self._call(index, entries)
+        if not finite(output):
+            spoilt = [each for place, each in enumerate(entries) if not finite(output[place])]
             raise ModelError(
-                f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {sample}.",
+                f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {spoilt[0] % len(self.samples)}.",
                 fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
             )
         return output
@@ -250,9 +275,12 @@ class BlockStream:
         added = self._added[entry % len(self.samples)].get(index)
         return hidden if added is None else hidden + added
 
-    def _call(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+    def _call(self, index: int, entries: Sequence[int]) -> Tensor:
+        """Run the block on entries that are alike."""
         module = self.source.model.get_submodule(self.blocks[index])
-        output = module(hidden.to(self.device), *call[0], **call[1])
+        args, named = self._calls[entries[0] % len(self.samples)][index]
+        hidden = torch.cat([self._input(index, entry) for entry in entries])
+        output = module(hidden.to(self.device), *args, **named)
         found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
@@ -273,7 +301,7 @@ class BlockStream:
                 elif not torch.equal(hidden, passed[0]):
                     added[index] = (hidden - passed[0]).cpu()
                 passed[:] = [hidden.clone()]  # some models add in place
-                calls[index] = (self._intern(args, seen), self._intern(kwargs, seen))
+                calls[index] = (self._interned.share(args, seen), self._interned.share(kwargs, seen))
                 if index == len(modules) - 1:
                     raise _Recorded
                 return (hidden,) if self.source.structure.tuple_outputs else hidden
@@ -292,21 +320,6 @@ class BlockStream:
             for module in modules:
                 del module.forward
         return first[0], calls, added
-
-    def _intern(self, value: Any, seen: dict[int, tuple[Tensor, Tensor]]) -> Any:
-        """Share equal tensors between samples and blocks: rotary tables are stored once a length."""
-        if isinstance(value, Tensor):
-            if id(value) not in seen:
-                raw = value.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
-                digest = hashlib.sha1(raw, usedforsecurity=False).hexdigest()
-                shared = self._interned.setdefault(f"{value.shape}{value.dtype}{digest}", value)
-                seen[id(value)] = (value, shared)  # holding the value keeps its id from being used again
-            return seen[id(value)][1]
-        if isinstance(value, tuple):
-            return tuple(self._intern(item, seen) for item in value)
-        if isinstance(value, dict):
-            return {key: self._intern(item, seen) for key, item in value.items()}
-        return value
 
 
 class _Recorded(Exception):
@@ -353,19 +366,3 @@ class BlockRunner:
         if experts is not None:
             experts.scale = scale if experts.scale is None else experts.scale * scale
         return experts is not None
-
-
-def _finite(values: Tensor) -> bool:
-    """Say whether no value is NaN or infinite; one of them is enough to spoil a sum, which is cheap."""
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Say whether two calls have the same arguments; tensors were interned, so equal ones are one object."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return bool(one == other)

@@ -19,19 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import bfloat16_factors
+from .products import Quadratic
 from .quantize import TINY, quantize, spread, tile_of, tile_range
 from .scheme import Quant
 
 GRID = 20  # steps of the exponent
 COARSE, FINER = 4, (2, 1)  # every fourth is tried, then those beside the best
 ROWS = 256  # of a weight that are rounded to judge a candidate
+STACKED = 1024  # rows of several candidates that are multiplied at once
 SMALLEST = 1e-4  # of a scale before it is centred, so that dead channels stay finite
 
 
@@ -48,9 +48,14 @@ class Reader:
         scaled = quantize(self.weight.float() * scale, self.quant, self.scale_dtype)
         return scaled.dequantize() / scale
 
-    def loss(self, scale: Tensor, hessian: Tensor) -> float:
-        """Return ``Tr(E H E^T)``."""
-        return _energy(self.weight.float() - self.rounded(scale), hessian)
+    def losses(self, scales: Sequence[Tensor], form: Quadratic) -> list[float]:
+        """Return ``Tr(E H E^T)`` for each scale; several are multiplied with H at once."""
+        exact, together = self.weight.float(), max(STACKED // len(self.weight), 1)
+        found: list[float] = []
+        for start in range(0, len(scales), together):
+            errors = torch.cat([exact - self.rounded(scale) for scale in scales[start : start + together]])
+            found += form(errors).view(-1, len(exact)).sum(1).tolist()
+        return found
 
     def sampled(self) -> Reader:
         """Return the reader of up to `ROWS` rows, evenly spaced; of all where scales reach over rows."""
@@ -109,15 +114,19 @@ def search(
     value. Each reader's loss counts as a share of its output, so that a large one does not decide alone.
     """
     readers = [reader.sampled() for reader in readers]
-    signal = [max(_energy(reader.weight.float(), hessian), 1e-30) for reader in readers]
+    form = Quadratic(hessian)
+    signal = [max(form(reader.weight.float()).sum().item(), 1e-30) for reader in readers]
 
-    def lost(scale: Tensor) -> float:
-        losses = [reader.loss(scale, hessian) for reader in readers]
-        return sum(loss / whole for loss, whole in zip(losses, signal, strict=True))
+    def lost(scales: Sequence[Tensor]) -> list[float]:
+        losses = [reader.losses(scales, form) for reader in readers]
+        return [
+            sum(loss / whole for loss, whole in zip(each, signal, strict=True))
+            for each in zip(*losses, strict=True)
+        ]
 
     def judged(steps: Sequence[tuple[int, bool]]) -> list[Candidate]:
         scales = [scale_of(inputs, share, step, is_duo) for step, is_duo in steps]
-        losses = parallel.spread([partial(lost, scale) for scale in scales])
+        losses = parallel.spread_all(len(scales), lambda mine: lost([scales[number] for number in mine]))
         return [
             Candidate(scale, *step, loss) for scale, step, loss in zip(scales, steps, losses, strict=True)
         ]
@@ -131,8 +140,3 @@ def search(
         near = (best.step - distance, best.step + distance)
         found += judged([(step, best.duo) for step in near if 0 <= step <= GRID])
     return sorted(found, key=lambda each: each.loss)
-
-
-def _energy(error: Tensor, hessian: Tensor) -> float:
-    with bfloat16_factors():  # a sum of many squares, to be compared
-        return ((error @ hessian) * error).sum().item()

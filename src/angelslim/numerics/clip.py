@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .products import bfloat16_factors
+from .products import for_comparing
 from .quantize import BAND, outer_of, quantize, quantize_with, scales_from_range, tile_of, tile_range
 from .scheme import PLAIN_SCALES, Quant
 
@@ -60,7 +60,7 @@ def clip_range(
 
         return _searched(low, high, quant, scale_dtype, outer, lost)
     columns = tile_of(quant.granularity, (weight.shape[0], weight.shape[1]))[1]
-    blocks = None if hessian is None else _blocks(hessian, low.shape[1], columns)
+    blocks = None if hessian is None else for_comparing(_blocks(hessian, low.shape[1], columns))
     found = []
     for rows in bands(weight):
         strips = weight[rows].float().view(-1, low.shape[1], columns).transpose(0, 1).contiguous()
@@ -118,8 +118,7 @@ def _row_loss(
     elif blocks.shape[1] == 1:
         weighed = error * blocks
     else:
-        with bfloat16_factors():
-            weighed = error @ blocks
+        weighed = (error.to(blocks.dtype) @ blocks).float()
     loss: Tensor = torch.linalg.vecdot(weighed, error) * steps[..., 0].square()
     return loss.T
 
@@ -164,5 +163,6 @@ def _blocks(hessian: Tensor, across: int, columns: int) -> Tensor:
     missing = across * columns - hessian.shape[-1]
     if hessian.dim() == 1:
         return F.pad(hessian.float(), (0, missing)).view(across, 1, columns)
-    padded = F.pad(hessian.float(), (0, missing, 0, missing)).view(across, columns, across, columns)
+    whole = hessian.float() if not missing else F.pad(hessian.float(), (0, missing, 0, missing))
+    padded = whole.view(across, columns, across, columns)
     return padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
-from .products import Squares, bfloat16_factors
+from .products import Quadratic, Squares
 from .quantize import STORAGE, Quantized, round_to, spread, tile_of
 from .scheme import Format
 
@@ -41,6 +41,7 @@ LEAF = 128  # triangles up to this size are inverted directly
 DAMP = 0.05  # the paper's 0.01 trusts a few thousand tokens too far
 ALPHA = 0.25  # share of the drift that GPTAQ corrects
 RETRIES = (1.0, 10.0, 100.0)
+JUDGED = 256  # rows of a weight whose outputs tell how much of all outputs is lost
 
 
 class Hessian:
@@ -78,7 +79,7 @@ class Hessian:
     @property
     def matrix(self) -> Tensor:
         """H, the mean over tokens."""
-        return self._squares.whole().div_(max(self.tokens, 1))
+        return self._squares.whole() / max(self.tokens, 1)
 
     @property
     def drift(self) -> Tensor | None:
@@ -115,7 +116,7 @@ def inverse_factor(
     mean = live.mean() if len(live) else diagonal.new_ones(())
     for retry in RETRIES:
         damping = damp * retry
-        damped = hessian[last_first[:, None], last_first]
+        damped = hessian.index_select(0, last_first).index_select(1, last_first)
         damped.diagonal()[dead[last_first]] = mean
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -204,12 +205,13 @@ def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Ten
         scale = scales[:, tiles].T.contiguous()
         zero = None if offsets is None else offsets[:, tiles].T.contiguous()
         errors = torch.empty_like(scale)
+        effect = (
+            upper[start:stop, start:] / upper.diagonal()[start:stop, None]
+        )  # of an error, on later columns
         within = None if drift is None else drift[start:stop, start:stop]
-        chosen = _round_block(
-            work[start:stop], errors, upper[start:stop, start:stop], within, scale, zero, grid
-        )
+        chosen = _round_block(work[start:stop], errors, effect[:, : stop - start], within, scale, zero, grid)
         codes[start:stop] = chosen.to(codes.dtype)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        work[stop:].addmm_(effect[:, stop - start :].T, errors, alpha=-1)
         if drift is not None:
             work[stop:].addmm_(drift[start:stop, stop:].T, work[start:stop])
     in_place: Tensor = codes.view(torch.uint8)[order.argsort()].T.contiguous().view(codes.dtype)
@@ -229,7 +231,7 @@ def _by_row(per_tile: Tensor, rounded: Quantized) -> Tensor:
 def _round_block(
     block: Tensor,
     errors: Tensor,
-    upper: Tensor,
+    effect: Tensor,
     drift: Tensor | None,
     scale: Tensor,
     zero: Tensor | None,
@@ -237,24 +239,26 @@ def _round_block(
 ) -> Tensor:
     """Round the columns of a lazy block ``[columns, out]``, write their errors, return their codes in float32.
 
-    `block` keeps each column's value from just before it was rounded.
+    `block` keeps each column's value from just before it was rounded. Calls are few, for each costs more than its
+    arithmetic: a column holds some thousand numbers.
     """
     chosen, count = torch.empty_like(block), len(block)
-    steps = upper.diagonal().tolist()
+    columns = [block.unbind(), chosen.unbind(), errors.unbind(), scale.unbind()]
+    centres = None if zero is None else zero.unbind()
     for start in range(0, count, INNER):
         stop = min(start + INNER, count)
         for row in range(start, stop):
-            value, code, error = block[row], chosen[row], errors[row]
-            torch.div(value, scale[row], out=code)
-            if zero is not None:
-                code.add_(zero[row])
+            value, code, error, step = (column[row] for column in columns)
+            centre = None if centres is None else centres[row]
+            torch.div(value, step, out=code)
+            if centre is not None:
+                code.add_(centre)
             round_in_place(code, grid)
-            torch.sub(code, 0.0 if zero is None else zero[row], out=error)
-            torch.sub(value, error.mul_(scale[row]), out=error).div_(steps[row])
-            block[row + 1 : stop].addr_(upper[row, row + 1 : stop], error, alpha=-1)
+            torch.addcmul(value, code if centre is None else code - centre, step, value=-1, out=error)
+            block[row + 1 : stop].addr_(effect[row, row + 1 : stop], error, alpha=-1)
             if drift is not None:
                 block[row + 1 : stop].addr_(drift[row, row + 1 : stop], value)
-        block[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
+        block[stop:].addmm_(effect[start:stop, stop:].T, errors[start:stop], alpha=-1)
         if drift is not None:
             block[stop:].addmm_(drift[start:stop, stop:].T, block[start:stop])
     return chosen
@@ -268,9 +272,13 @@ def round_in_place(values: Tensor, grid: Format) -> Tensor:
 
 
 def output_error(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:
-    """Return how much of the layer's output is lost: ``sqrt(Tr(E H E^T) / Tr(W H W^T))``, ``E = W - Q``."""
-    exact = weight.float()
-    lost = exact - quantized.dequantize()
-    with bfloat16_factors():  # for the report: three digits are plenty
-        noise, signal = (((matrix @ hessian) * matrix).sum().item() for matrix in (lost, exact))
+    """Return how much of the layer's output is lost: ``sqrt(Tr(E H E^T) / Tr(W H W^T))``, ``E = W - Q``.
+
+    For the report: of up to `JUDGED` rows, evenly spaced, to three digits.
+    """
+    rows = slice(None, None, -(-len(weight) // JUDGED))
+    exact = weight[rows].float()
+    both = torch.cat([exact - quantized.dequantize()[rows], exact])
+    costs = Quadratic(hessian)(both)
+    noise, signal = (part.sum().item() for part in torch.split(costs, len(exact)))
     return math.sqrt(max(noise, 0.0) / signal) if signal > 0 else 0.0

@@ -65,7 +65,7 @@ class Moments:
     @property
     def matrix(self) -> Tensor:
         """H ``[in, in]``, the mean over tokens."""
-        return self._squares.whole().div_(max(self.tokens, 1))
+        return self._squares.whole() / max(self.tokens, 1)
 
     @property
     def mean(self) -> Tensor:

@@ -4,7 +4,7 @@ Such a processor multiplies bfloat16 numbers and adds up in float32. That is *ex
 factors are bfloat16 numbers already, as the activations of most models are: the squares of inputs, ``X^T X``, lose
 nothing (`Squares`). Where factors have more digits the product's error is about ``2^-9`` of each term, at random:
 too much for a Hessian that will be inverted, nothing for the sum of a hundred thousand squares that candidates are
-compared by (`bfloat16_factors`).
+compared by (`bfloat16_factors`, `Quadratic`).
 
 CPU code is made and kept for each shape, so shapes that change from call to call would cost time and memory.
 
@@ -53,6 +53,37 @@ def bfloat16_factors(allowed: bool = True) -> Iterator[None]:
         switch.fp32_precision = before
 
 
+def for_comparing(matrix: Tensor) -> Tensor:
+    """Return a factor of products that are summed up and compared: three digits where they are much faster."""
+    return matrix.bfloat16() if matrix.device.type == "cpu" and _fast() else matrix
+
+
+class Quadratic:
+    """What rows x ``[in]`` cost under a symmetric H ``[in, in]``: ``x H x^T``, to about three digits.
+
+    Only half of H is multiplied with: what lies on one side of the diagonal counts twice.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._strips: list[tuple[int, int, Tensor]] = []
+        width = len(matrix)
+        step = max(-(-width // PANELS), 2 * NARROWEST)
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            strip = matrix[start:, start:stop].clone()
+            strip[stop - start :] *= 2
+            strip = for_comparing(strip)
+            self._strips.append((start, stop, strip))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the costs ``[rows]`` of ``[rows, in]`` in float32."""
+        values = for_comparing(rows.float())
+        cost = torch.zeros(len(rows), device=rows.device)
+        for start, stop, strip in self._strips:
+            cost += torch.linalg.vecdot((values[:, start:] @ strip).float(), values[:, start:stop].float())
+        return cost
+
+
 class Squares:
     """The sum of ``X^T X [in, in]`` over inputs ``[tokens, in]`` that come in parts, in float32.
 
@@ -86,10 +117,13 @@ class Squares:
         self._sums = parallel.total(self._sums)
 
     def whole(self) -> Tensor:
-        """Return the sum, both halves of it, as a matrix of its own."""
+        """Return the sum, both halves of it; what is added later changes it."""
         self._flush()
-        upper = self._sums.triu()
-        return upper.add_(upper.triu(1).T)
+        for start, stop in self._panels():
+            corner = self._sums[start:stop, start:stop]
+            corner.copy_(corner.triu().add_(corner.triu(1).T))
+            self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
+        return self._sums
 
     def _flush(self) -> None:
         if self._parts:
@@ -98,9 +132,14 @@ class Squares:
 
     def _multiply(self, inputs: Tensor) -> None:
         exact = inputs.dtype == torch.bfloat16
-        values, width = inputs.float(), len(self._sums)
-        panel = max(-(-width // PANELS), NARROWEST)
+        values = inputs.float()
         with bfloat16_factors(exact):
-            for start in range(0, width, panel):
-                stop = start + panel
+            for start, stop in self._panels():
                 self._sums[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """Yield the first and last column of each strip."""
+        width = len(self._sums)
+        panel = max(-(-width // PANELS), NARROWEST)
+        for start in range(0, width, panel):
+            yield start, min(start + panel, width)

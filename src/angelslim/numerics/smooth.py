@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..base import parallel
+from .products import for_comparing
 from .quantize import fake_quantize, quantize, scales_from_range
 from .scheme import Quant, Scheme
 
@@ -68,14 +69,18 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
     `amax` and `weights` are the statistics ``[in]`` of `smooth_scale`; channels that must have one scale already have
     one value.
     """
-    readers = [reader.sampled() for reader in readers]
-    exact = [inputs.float() @ reader.weight.float().T for reader in readers]
+    stacks = _stacked([reader.sampled() for reader in readers])
+    known = for_comparing(inputs.float())
+    outputs = [known @ for_comparing(reader.weight.float()).T for reader, _ in stacks]
+    exact = [_squares(each, rows).clamp(min=1e-30) for each, (_, rows) in zip(outputs, stacks, strict=True)]
 
     def judged(alphas: Sequence[float | None]) -> list[Choice]:
         scales = [
             torch.ones_like(amax) if alpha is None else smooth_scale(amax, weights, alpha) for alpha in alphas
         ]
-        losses = parallel.spread([partial(_lost, inputs, amax, scale, readers, exact) for scale in scales])
+        losses = parallel.spread(
+            [partial(_lost, inputs, known, amax, scale, stacks, exact) for scale in scales]
+        )
         return [Choice(*each) for each in zip(scales, alphas, losses, strict=True)]
 
     found = judged([None, *ALPHAS[::COARSE]])
@@ -87,28 +92,53 @@ def search(inputs: Tensor, amax: Tensor, weights: Tensor, readers: Sequence[Read
     return min(found, key=lambda each: each.loss)
 
 
+def _stacked(readers: Sequence[Reader]) -> list[tuple[Reader, list[int]]]:
+    """Put readers that are rounded alike on top of each other, where rows do not know of each other."""
+    alike: dict[object, list[Reader]] = {}
+    for number, reader in enumerate(readers):
+        alone = reader.scheme.weight.granularity.kind not in ("group", "channel")
+        alike.setdefault(number if alone else (reader.scheme, reader.scale_dtype), []).append(reader)
+    return [
+        (
+            Reader(torch.cat([x.weight for x in some]), some[0].scheme, some[0].scale_dtype),
+            [len(x.weight) for x in some],
+        )
+        for some in alike.values()
+    ]
+
+
+def _squares(outputs: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return ``[tokens, readers]`` the sums of squares of each reader's outputs ``[tokens, rows]``."""
+    return torch.stack([part.square().sum(1) for part in torch.split(outputs.float(), list(rows), 1)], 1)
+
+
 def _lost(
-    inputs: Tensor, amax: Tensor, scale: Tensor, readers: Sequence[Reader], exact: Sequence[Tensor]
+    inputs: Tensor,
+    known: Tensor,
+    amax: Tensor,
+    scale: Tensor,
+    stacks: Sequence[tuple[Reader, list[int]]],
+    exact: Sequence[Tensor],
 ) -> float:
     """Return the sum over readers of the mean squared output error of a token, as a share of the token's output.
 
-    A share of all tokens' outputs together would be a share of the few loudest ones' (`moments`).
+    A share of all tokens' outputs together would be a share of the few loudest ones' (`moments`). With the errors dX of
+    the inputs and dW of the weights the outputs' is ``dX (W + dW) + X dW``, so that products are of small numbers: a
+    difference of outputs would need more digits than candidates do. `known` are the inputs as such a factor.
     """
-    scaled = inputs.float() / scale
-    # Readers of one group mostly share their input's rounding.
-    seen: dict[Quant | None, Tensor] = {None: scaled}
+    seen: dict[Quant | None, Tensor] = {None: torch.zeros_like(known)}
     total = 0.0
-    for reader, output in zip(readers, exact, strict=True):
+    for (reader, rows), squares in zip(stacks, exact, strict=True):
         quant = reader.scheme.input
         if quant not in seen:
             assert quant is not None
-            seen[quant] = rounded_input(scaled, quant, (amax / scale).max())
-        weight = quantize(
-            reader.weight.float() * scale, reader.scheme.weight, reader.scale_dtype
-        ).dequantize()
-        error = seen[quant] @ weight.T - output
-        share = error.square().sum(1) / output.square().sum(1).clamp(min=1e-30)
-        total += share.mean().item()
+            scaled = inputs.float() / scale
+            seen[quant] = for_comparing(rounded_input(scaled, quant, (amax / scale).max()).sub_(scaled))
+        weight = reader.weight.float()
+        rounded = quantize(weight * scale, reader.scheme.weight, reader.scale_dtype).dequantize()
+        error = (seen[quant] @ for_comparing(rounded).T).float()
+        error += known @ for_comparing((rounded / scale).sub_(weight)).T
+        total += (_squares(error, rows) / squares).mean(0).sum().item()
     return total
 
 

@@ -258,13 +258,14 @@ class GPTQ:
         if fixed or not (self.clips or self.signed):
             return round_weight(exact.to(weight.dtype), quant, shared)
         outer = round_weight(weight, quant, shared).global_scale
+        steps = refine.STEPS if self.signed or self.descent else refine.FEWER
         scale, zero = refine.searched(
             exact,
             quant,
             refine.importance(factor),
             scale_type(quant, weight.dtype),
             signed=self.signed,
-            steps=refine.STEPS if self.clips else 1,
+            steps=steps if self.clips else 1,
             outer=outer,
         )
         return quantize_with(exact, scale, zero, quant, outer)

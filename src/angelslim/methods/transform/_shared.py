@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...base.console import chose
-from ...models import fold
 from ...models.block import Block
 from ...models.experts import streamable
 from ...models.fold import Fold
+from ...models.refold import Folds
 from ...models.select import Layer
 from ...models.structure import Group
 
@@ -52,6 +52,7 @@ class Places:
     def __init__(self, what: str) -> None:
         self.what = what
         self._said: set[tuple[str, str]] = set()
+        self._folds = Folds()
         self._last: tuple[Block, list[Place]] | None = None
 
     def of(self, block: Block) -> list[Place]:
@@ -63,7 +64,7 @@ class Places:
     def _found(self, block: Block) -> list[Place]:
         found = []
         readers = _readers(block)
-        for group, place in fold.find_all(block, list(readers)).items():
+        for group, place in self._folds.find_all(block, list(readers)).items():
             layers, experts = readers[group]
             reason = place if isinstance(place, str) else _refusal(block, place)
             if isinstance(place, Fold) and not reason:

@@ -83,11 +83,12 @@ class Smooth:
         return True
 
     def working_memory(self, layers: Sequence[Layer], groups: Mapping[str, Group]) -> int:
-        """A sample of each group's inputs, and what the search holds for the largest: outputs, rounded weights."""
+        """Exact weights, a sample of each group's inputs, and what the search holds for the largest of them."""
+        exact = sum(4 * x.shape[0] * x.shape[1] for x in layers if x.scheme.weight.format.bits >= 8)
         widths = [layer.shape[1] for layer in layers]
         outputs = 2 * 4 * SAMPLED * sum(layer.shape[0] for layer in layers)
         rounded = 4 * 4 * max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
-        return 4 * SAMPLED * sum(widths) + (outputs + rounded if self.alpha is None else 0)
+        return exact + 4 * SAMPLED * sum(widths) + (outputs + rounded if self.alpha is None else 0)
 
     def statistics(self, block: Block) -> Makers:
         """The range of each group's inputs that can be smoothed."""

@@ -108,7 +108,7 @@ def originals(stream, block):
     """The original block on the original's inputs: the second half of the stored entries."""
     count = len(stream.samples)
     with torch.no_grad():
-        return [stream._forward(block.index, count + sample, "silent").double() for sample in range(count)]
+        return [stream._forward(block.index, [count + sample], "silent").double() for sample in range(count)]
 
 
 def lost_by(process, scheme):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -239,15 +240,19 @@ class BlockStream:
 
     def _alike(self, index: int, one: int, other: int) -> bool:
         """Say whether two samples can run through a block together: of one length, and called alike."""
-        shapes = [self.samples[sample]["input_ids"].shape for sample in (one, other)]
-        return shapes[0] == shapes[1] and same(self._calls[one][index], self._calls[other][index])
+        return self._shape(one) == self._shape(other) and same(
+            self._calls[one][index], self._calls[other][index]
+        )
+
+    def _shape(self, sample: int) -> tuple[int, ...]:
+        """Return how many rows and tokens a sample has, be it ids or embeddings."""
+        given = self.samples[sample]
+        return tuple((given["input_ids"] if "input_ids" in given else given["inputs_embeds"]).shape[:2])
 
     def _batches(self, index: int) -> list[list[int]]:
         """Return the samples that run through a block together."""
         alone = [[sample] for sample in range(len(self.samples))]
-        found = batches(
-            len(alone), partial(self._alike, index), lambda x: self.samples[x]["input_ids"].numel()
-        )
+        found = batches(len(alone), partial(self._alike, index), lambda sample: prod(self._shape(sample)))
         several = next((samples for samples in found if len(samples) > 1), None)
         if several is None or self.experts:
             return alone

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from angelslim import load, pipeline
 from angelslim.base.errors import ConfigError, ModelError
@@ -130,6 +132,22 @@ def test_decoding_step_by_step_agrees_with_one_pass(compressed):
     torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-3)
 
 
+@pytest.fixture
+def known_cache(monkeypatch):
+    """Give attention the argument by which compressed-tensors 0.20 finds caches; transformers 5.24 renamed it."""
+    plain = Qwen3Attention.forward
+    if "past_key_values" in inspect.signature(plain).parameters:
+        return
+
+    def forward(self, hidden_states, past_key_values=None, cache=None, **named):
+        return plain(
+            self, hidden_states, cache=cache if past_key_values is None else past_key_values, **named
+        )
+
+    monkeypatch.setattr(Qwen3Attention, "forward", forward)
+
+
+@pytest.mark.usefixtures("known_cache")
 @pytest.mark.parametrize("grain", GRAINS)
 def test_the_formats_own_library_computes_the_same(grain, compressed):
     from transformers import AutoModelForCausalLM

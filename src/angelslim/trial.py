@@ -92,9 +92,8 @@ def try_scales(
     assert plain
     measure = partial(_divergences, source, checkpoint, plain, folder=folder, budget=budget, device=device)
     count = max(LEAST, -(-len(samples) // FIRST))
-    if parallel.total_count(
-        int(len(samples) <= count)
-    ):  # a process would have nothing left for the second look
+    # Otherwise a process would have nothing left for the second look.
+    if parallel.total_count(int(len(samples) <= count)):
         return _verdict(measure(samples), 1.0)
     first = measure(samples[:count])
     found = _verdict(first, parallel.total_count(count) / parallel.total_count(len(samples)))

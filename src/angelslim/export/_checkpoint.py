@@ -168,23 +168,17 @@ def _open_compressed(folder: Path, settings: dict[str, Any], dtype: torch.dtype)
 def open_any(reference: str | Path, *, trust_remote_code: bool = False) -> Source:
     """Open a model by folder, hub id or built-in name; a compressed one is decoded as it is read."""
     folder = resolve(reference)
-    known = _open_remembered(str(reference), folder)
-    if known is not None:
-        return known
+    settings, checkpoint = raw_config(folder), None
+    quantized = settings.pop("quantization_config", None)
+    if settings and list(folder.glob("*.safetensors")):
+        dtype = raw_dtype(settings)
+        checkpoint = _open_compressed(folder, quantized, dtype) if quantized else Checkpoint(folder)
+        known = open_remembered(str(reference), folder, settings, checkpoint)
+        if known is not None:
+            return known
     config = load_config(folder, trust_remote_code)
     if getattr(config, "quantization_config", None) is None:
-        return open_plain(str(reference), folder, config)
+        return open_plain(str(reference), folder, config, checkpoint or Checkpoint(folder))
     checkpoint = open_quantized(folder, config)
     del config.quantization_config
     return open_with(str(reference), folder, config, checkpoint)
-
-
-def _open_remembered(name: str, folder: Path) -> Source | None:
-    """Open a folder without transformers if its model, compressed or not, was opened before."""
-    settings = raw_config(folder)
-    quantized = settings.pop("quantization_config", None)
-    if not settings or not list(folder.glob("*.safetensors")):
-        return None
-    dtype = raw_dtype(settings)
-    checkpoint = _open_compressed(folder, quantized, dtype) if quantized else Checkpoint(folder)
-    return open_remembered(name, folder, settings, checkpoint)

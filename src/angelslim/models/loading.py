@@ -334,8 +334,10 @@ def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Sou
     """Open a model by folder, hub id or built-in name; reads headers only."""
     folder = resolve(reference)
     settings = raw_config(folder)
+    checkpoint = None
     if settings and not settings.get("quantization_config") and list(folder.glob("*.safetensors")):
-        known = open_remembered(str(reference), folder, settings, Checkpoint(folder))
+        checkpoint = Checkpoint(folder)
+        known = open_remembered(str(reference), folder, settings, checkpoint)
         if known is not None:
             return known
     config = load_config(folder, trust_remote_code)
@@ -345,7 +347,7 @@ def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Sou
         raise ModelError(
             f"{folder} is already quantized ({method}).", fix="Start from the full-precision model instead."
         )
-    return open_plain(str(reference), folder, config)
+    return open_plain(str(reference), folder, config, checkpoint or Checkpoint(folder))
 
 
 def open_remembered(
@@ -359,9 +361,8 @@ def open_remembered(
     return None if outline is None else Source(name, folder, None, checkpoint, outline=outline)
 
 
-def open_plain(name: str, folder: Path, config: Any) -> Source:
+def open_plain(name: str, folder: Path, config: Any, checkpoint: Checkpoint) -> Source:
     """Open a model in full precision; once it is checked, `open_remembered` will know it."""
-    checkpoint = Checkpoint(folder)
     return Source(name, folder, config, checkpoint, shortcut=shortcut_of(raw_config(folder), checkpoint))
 
 

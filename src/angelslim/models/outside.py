@@ -43,9 +43,8 @@ def _filler(source: Source, name: str, device: torch.device) -> Callable[..., No
 @contextmanager
 def before_blocks(source: Source, device: torch.device, *, towers: bool) -> Iterator[None]:
     """Hold what runs before the first block. It stays when the context ends: `Source.free` gives it back."""
-    embedding = (
-        source.model.get_input_embeddings()
-    )  # some models look where its weight lies before they call it
+    # Some models look where its weight lies before they call it.
+    embedding = source.model.get_input_embeddings()
     for name in source.structure.embeddings:
         if source.model.get_submodule(name) is embedding:
             source.materialize(name, device)

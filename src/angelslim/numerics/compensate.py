@@ -205,9 +205,8 @@ def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Ten
         scale = scales[:, tiles].T.contiguous()
         zero = None if offsets is None else offsets[:, tiles].T.contiguous()
         errors = torch.empty_like(scale)
-        effect = (
-            upper[start:stop, start:] / upper.diagonal()[start:stop, None]
-        )  # of an error, on later columns
+        # What an error in a column of the block does to later columns.
+        effect = upper[start:stop, start:] / upper.diagonal()[start:stop, None]
         within = None if drift is None else drift[start:stop, start:stop]
         chosen = _round_block(work[start:stop], errors, effect[:, : stop - start], within, scale, zero, grid)
         codes[start:stop] = chosen.to(codes.dtype)

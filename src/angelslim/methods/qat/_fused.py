@@ -59,11 +59,8 @@ def run(function: Callable[..., Any], compiled: bool, *tensors: Tensor | None, *
     if not compiled or torch.compiler.is_compiling():
         return function(*tensors, **settings)
     shapes = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-    key = (
-        function,
-        shapes,
-        tuple(settings.values()),
-    )  # a function's keywords stand in the order of its calls
+    # The keywords of one function stand in the same order in all of its calls.
+    key = (function, shapes, tuple(settings.values()))
     program = _ready.get(key)
     if program is not None:
         return program(*tensors)

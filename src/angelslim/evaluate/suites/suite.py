@@ -14,6 +14,7 @@ from ..suite import evaluation_text
 from . import longbench, ruler
 from .base import Sample, Task, samples
 from .run import Attend, averages, run_task
+from .word_lists import source
 
 SUITES = ("ruler", "longbench")
 
@@ -106,6 +107,7 @@ def run_suite(
         "attentions": list(attentions),
         "seed": suite.seed,
         "samples": suite.count,
+        "words": source() if suite.name == "ruler" else "",
         "rows": rows,
         "averages": averages(rows),
     }

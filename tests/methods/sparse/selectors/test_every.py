@@ -154,7 +154,7 @@ def test_lists_count_the_layers_heads_also_for_some_of_them(tmp_path: Path) -> N
     layer = [HeadPattern("stream_llm", 16, 32 * (head + 1)) for head in range(4)]
     write_patterns(tmp_path / "patterns.json", [layer] * 4)
     for name, options in (
-        ("union", {"density": [[0.2, 0.3, 0.4, 0.6]]}),
+        ("stem", {"density": [[0.2, 0.3, 0.4, 0.6]]}),
         ("minference", {"patterns": str(tmp_path / "patterns.json")}),
     ):
         select = SELECTORS.get(name)(options).select
@@ -163,4 +163,4 @@ def test_lists_count_the_layers_heads_also_for_some_of_them(tmp_path: Path) -> N
         assert torch.equal(mask[:, [1, 3]], whole[:, [1, 3]])
         assert not torch.equal(whole[:, 1], whole[:, 3])
     with pytest.raises(ConfigError, match="lists 2 heads in layer 2, the model has 4"):
-        Heads((((3, 1), SELECTORS.get("union")({"density": [[0.2, 0.3]]}).select),))(q, k, v, case.context())
+        Heads((((3, 1), SELECTORS.get("stem")({"density": [[0.2, 0.3]]}).select),))(q, k, v, case.context())

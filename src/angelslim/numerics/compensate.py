@@ -198,7 +198,7 @@ def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Ten
     zeros = [_by_row(each.zero, each) for each in rounded if each.zero is not None]
     offsets = torch.cat(zeros) if zeros else None
     order, upper, drift = factor.order, factor.upper, factor.drift
-    work = stacked.T[order]  # [in, rows], so that a column of W is contiguous
+    work = stacked.index_select(1, order).T.contiguous()  # [in, rows], so that a column of W is contiguous
     codes = torch.empty_like(work, dtype=STORAGE[grid.kind])
     for start in range(0, width, LAZY):
         stop = min(start + LAZY, width)

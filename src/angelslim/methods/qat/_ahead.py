@@ -44,8 +44,8 @@ class Together:
     def of(self, place: int) -> Any:
         """Return the results of one layer, differentiable where that is asked for.
 
-        The node is made when the first layer asks: the backward pass visits nodes that were made late before those that
-        were made early, so it then hands on the gradients of these layers before it goes on to the layers before them.
+        The node is made when the first layer asks. Of the nodes that are ready the backward pass takes the one that was
+        made last: so it hands on the gradients of these layers before it goes on to the layers in front of them.
         """
         if not torch.is_grad_enabled():
             found = self.results[place]
@@ -96,7 +96,8 @@ def take(calls: Calls, formula: Formula, *tensors: Tensor | None) -> Any:
     if call is not None and call.ready is not None and call.state == state and call.formula == formula:
         call.used = True
         return call.ready.of(call.place)
-    calls[formula.values] = Call(formula, tensors, state)
+    held = tuple([t if t is None or t.is_leaf else t.detach() for t in tensors])  # no graph behind it
+    calls[formula.values] = Call(formula, held, state)
     return Single.apply(formula, True, *tensors)  # type: ignore[no-untyped-call]
 
 

@@ -264,10 +264,18 @@ def test_turning_quantizers_off_and_copies_leave_results_behind(calls):
     torch.testing.assert_close(forward(twin, inputs()), forward(plain, inputs()))
 
 
-def test_by_the_compiler_of_this_machine_too(monkeypatch):
+@pytest.mark.parametrize(("name", "options"), GRADED[1:2] + GRADED[3:4], ids=["tequila", "seq"])
+def test_by_the_compiler_of_this_machine_too(name, options, monkeypatch):
     monkeypatch.setattr(_fused, "_ready", {})
     monkeypatch.setattr(_fused, "_broken", set())
-    losses, _ = trained("absmean", {}, "false", steps=2)
-    found, _ = trained("absmean", {}, "true", steps=2)
+    losses, parameters = trained(name, options, "false", steps=3)
+    found, others = trained(name, options, "true", steps=3)
     assert found == pytest.approx(losses, rel=1e-3) and not _fused._broken
-    assert any(key[0] is _formula.repeated for key in _fused._ready)
+    for key, value in parameters.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-3, atol=1e-5)
+    together = [
+        dict(zip(("of", "count"), key[2][:2], strict=True))
+        for key in _fused._ready
+        if key[0] is _formula.repeated
+    ]
+    assert len(together) == 2 and {each["count"] for each in together} == {LAYERS}, "forward and backward"

@@ -239,9 +239,12 @@ def test_gradients_are_handed_on_before_earlier_layers_have_theirs(monkeypatch, 
     monkeypatch.setattr(_ahead, "TOGETHER", 2)
     model, order = stacked("twn", {}, "true"), []
     for number, block in enumerate(model):
-        master_weight(block[0]).register_post_accumulate_grad_hook(lambda _, n=number: order.append(n // 2))
+        for kind, weight in (("quantized", master_weight(block[0])), ("plain", block[1].weight)):
+            weight.register_post_accumulate_grad_hook(lambda _, key=(kind, number): order.append(key))
     forward(model, inputs()).square().mean().backward()
-    assert order == sorted(order, reverse=True)
+    for number in (2, 3):  # the second two
+        assert order.index(("quantized", number)) < order.index(("plain", 1))
+    assert len(order) == 2 * LAYERS
 
 
 def test_a_weight_changed_before_the_backward_pass_is_an_error(calls):

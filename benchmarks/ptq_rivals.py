@@ -154,7 +154,7 @@ def main() -> None:
         environments.make(options.setup)
         return
     torch.set_num_threads(options.threads)
-    options.work = options.work.resolve()
+    options.work, options.bench_lm = options.work.resolve(), options.bench_lm.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     settings = Settings(options.samples, options.tokens, options.windows, options.examples)
     bench = Bench(options.work, options.rivals.resolve(), options.threads, timed=not options.untimed)

@@ -8,8 +8,10 @@ budgets of a fixed density are timed. Selectors and kernels are compiled on tens
 
 Everything is measured on two kinds of layers, dense and sparse alike. `eager` is transformers as it comes, whose norms, rotary
 positions and activations are dozens of passes over memory; `compiled` has these three under torch.compile, as an
-engine would fuse them. Attention is a larger part of such a model. `nothing` is attention that costs nothing (it hands the queries
-on): no sparse attention can be faster, so its ratio bounds what there is to win.
+engine would fuse them. Attention is a larger part of such a model, and its dense run is the fastest of the process, so the goals are
+set for it. The other kind's bars are an addition, against a slower baseline: printed and recorded with the same goals, whether
+they hold or not. `nothing` is attention that costs nothing (it hands the queries on): no sparse attention can be
+faster, so its ratio bounds what there is to win.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ METHODS = ("union", "stem")
 DENSITY = 0.1
 SHAPE = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
          "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+ADDED = "in addition, on layers whose dense attention is not the fastest: "
 LONG = 100_000  # tokens, from which no run is spared for warming up but the one of `nothing`
 WAYS = (("sdpa", "cudnn"), ("repeated", "cudnn"), ("sdpa", "flash"))
 
@@ -196,12 +199,29 @@ def rounds(
             found["dense_ms"] = statistics.median(pair[0] for pair in kept)
             found["speedup"] = statistics.median(pair[0] / pair[1] for pair in kept)
             found["samples"] = kept
-            if name in METHODS and length in TTFT_GOALS:
+            if name in METHODS:
                 found["attention_speedup"] = attention(kept, pairs["nothing"])
-                what = f"{name} at density {DENSITY}, {length} tokens, {layers} layers: times dense"
-                book.bars.append(bar(f"TTFT of {what}", found["speedup"], TTFT_GOALS[length], at_most=False))
-                together = found["attention_speedup"]
-                book.bars.append(bar(f"attention of {what}", together, TOGETHER_GOALS[length], at_most=False))
+
+
+def bars(raw: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What has to hold: against the fastest dense attention of the process. Slower layers are held to the same goals, in addition."""
+    rows = [row for row in raw if row["kind"] == "ttft" and row["name"] in METHODS and "error" not in row]
+    found = []
+    for row in rows:
+        length, layers = row["length"], row["layers"]
+        if length not in TTFT_GOALS:
+            continue
+        fastest = min(
+            (other for other in rows if other["length"] == length), key=lambda x: float(x["dense_ms"])
+        )
+        what = f"{row['name']} at density {row['density']}, {length} tokens, {layers} layers"
+        added, base = ("", "the fastest dense") if layers == fastest["layers"] else (ADDED, "their own dense")
+        for kind, value, goal in (
+            ("TTFT", row["speedup"], TTFT_GOALS[length]),
+            ("attention", row["attention_speedup"], TOGETHER_GOALS[length]),
+        ):
+            found.append(bar(f"{added}{kind} of {what}: times {base}", value, goal, at_most=False))
+    return found
 
 
 def ttft(
@@ -252,6 +272,7 @@ def main() -> None:
         ttft(book, torch.device("cuda"), lengths, given.layers.split(","), given.repeats, given.seconds)
     except Late:
         book.raw.append({"kind": "limit", "name": "the time limit ended the run", "seconds": given.limit})
+    book.bars = bars(book.raw)
     book.save(quietly=False)
 
 

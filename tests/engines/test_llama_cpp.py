@@ -28,6 +28,7 @@ from angelslim.evaluate.suite import evaluation_text
 from angelslim.evaluate.tasks import chat_prompt
 from angelslim.export._checkpoint import open_any
 from angelslim.export.files._gguf_lowbit import pack
+from angelslim.export.files._gguf_read import read_header
 from angelslim.export.files._gguf_vocab import SPLITS
 from angelslim.export.files.gguf import Blocks, write_model
 from angelslim.models.builtin import builtin_model
@@ -78,12 +79,24 @@ def assert_same_perplexity(label: str, answer: dict[str, Any], ours: TokenNll) -
     assert abs(ratio - 1) <= 0.01
 
 
-@pytest.mark.parametrize("recipe", ["gguf_q4_0", "gguf_q4_0_best", "gguf_q8_0", "mxfp4_weight_only"])
-def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "recipe, kind",
+    [
+        ("gguf_q4_0", "Q4_0"),
+        ("gguf_q4_0_best", "Q4_0"),
+        ("gguf_q8_0", "Q8_0"),
+        ("mxfp4_weight_only", "MXFP4"),
+        ("int4_best_asym", "Q4_K"),
+    ],
+)
+def test_llama_cpp_agrees_on_tokens_perplexity_and_continuations(recipe: str, kind: str, tmp_path: Path):
     folder, file = tmp_path / recipe, tmp_path / "model.gguf"
-    few = {"dataset__num_samples": 16, "dataset__max_seq_length": 256}
-    angelslim.compress("tiny-lm", recipe, out=folder, evaluation__enabled=False, **few)
+    given: dict[str, Any] = {"dataset__num_samples": 16, "dataset__max_seq_length": 256}
+    if kind == "Q4_K":
+        given["compression__quantization__quant_method__group_size"] = 256
+    angelslim.compress("tiny-lm", recipe, out=folder, evaluation__enabled=False, **given)
     convert(folder, "gguf", file)
+    assert {tensor.kind for tensor in read_header(file).tensors} == {kind, "BF16", "F32"}
     model, tokenizer = angelslim.load(folder).float(), tokenizer_of(folder)
     asked = examples("addition", "evaluation", 8, thinking=True) + examples(
         "recall", "evaluation", 8, thinking=False

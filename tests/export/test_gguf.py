@@ -44,6 +44,8 @@ BLOCKS = {
     "Q8_0": PRESETS["q8_0"].weight,
     "Q8_0, per channel": Quant(INT8, PER_CHANNEL, scale="float16"),
     "Q8_0, per tensor": Quant(INT8, PER_TENSOR, scale="float16"),
+    "Q4_K": Quant(INT4, per_group(256), symmetric=False, scale="float16"),
+    "Q4_K, per channel": Quant(INT4, PER_CHANNEL, symmetric=False, scale="bfloat16"),
     "MXFP4": PRESETS["mxfp4_weight_only"].weight,
 }
 
@@ -51,8 +53,12 @@ BLOCKS = {
 @pytest.mark.parametrize("label", BLOCKS)
 def test_the_library_decodes_our_blocks_bit_for_bit(label):
     quant = BLOCKS[label]
-    quantized = quantize(torch.randn(12, 128, generator=torch.Generator().manual_seed(0)), quant)
-    assert not refuses(Scheme(quant), (12, 128))
+    weight = (
+        torch.randn(12, 512, generator=torch.Generator().manual_seed(0)) + torch.linspace(-2, 2, 12)[:, None]
+    )
+    quantized = quantize(weight, quant)
+    assert quant.symmetric or (quantized.zero is not None and len(quantized.zero.unique()) > 3)
+    assert not refuses(Scheme(quant), (12, 512))
     kind = gguf.GGMLQuantizationType[label.partition(",")[0]]
     decoded = gguf.quants.dequantize(to_blocks(quantized, "a").numpy(), kind)
     assert np.array_equal(decoded, quantized.dequantize().numpy())
@@ -64,7 +70,8 @@ def test_the_library_decodes_our_blocks_bit_for_bit(label):
         (PRESETS["fp8_dynamic"], "no type has fp8_e4m3 weights"),
         (PRESETS["nvfp4_weight_only"], "with e4m3 scales"),
         (PRESETS["mxfp4"], "weights only"),
-        (Scheme(Quant(INT4, per_group(32), symmetric=False)), "zero points would have to be rounded"),
+        (Scheme(Quant(INT4, per_group(32), symmetric=False)), "multiple of 256 inputs where there are zero"),
+        (Scheme(Quant(INT8, PER_CHANNEL, symmetric=False)), "no type has int8 weights with zero points"),
         (Scheme(Quant(INT4, per_group(16))), "multiple of 32"),
         (Scheme(Quant(INT8, per_block(64, 64))), "multiple of 32"),
     ],

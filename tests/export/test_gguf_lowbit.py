@@ -164,6 +164,6 @@ def test_the_table_of_types_is_the_librarys():
             theirs = gguf.GGMLQuantizationType[name]
             assert kind.number == theirs and (kind.block, kind.nbytes) == gguf.GGML_QUANT_SIZES[theirs], name
     types = {gguf.LlamaFileType(kind.file_type).name for name, kind in KINDS.items() if name != "Q2_0"}
-    assert types == {"ALL_F32", "MOSTLY_MXFP4_MOE"} | {
+    assert types == {"ALL_F32", "MOSTLY_MXFP4_MOE", "MOSTLY_Q4_K_S"} | {
         f"MOSTLY_{name}" for name in ("F16", "BF16", "Q8_0", "Q4_0", "Q2_K", "TQ2_0", "TQ1_0")
     }

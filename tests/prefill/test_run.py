@@ -72,7 +72,7 @@ def test_what_a_run_leaves(done: tuple[PrefillRecord, Path]) -> None:
 def test_the_settings_are_used_again(done: tuple[PrefillRecord, Path], model: Path) -> None:
     record, out = done
     found = read(out)
-    assert describe(found) == ["dense in layers 0, heads 0", "union (density 0.4)"] == record.rules
+    assert describe(found) == ["dense in layer 0, head 0", "union (density 0.4)"] == record.rules
     assert found.crossover == record.crossover and found.block == 16
     opened = angelslim.load(model)
     ids = torch.randint(3, 250, (1, 600), generator=torch.Generator().manual_seed(0))[:, :512]

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from angelslim.report.heat import OUTPUT_ERROR, SQNR, Quantity, compact, heat
+from angelslim.report.heat import OUTPUT_ERROR, SMALL, SQNR, Quantity, compact, heat
 
 PLAIN = Quantity("Figure", "high", compact, compact)
 
@@ -65,3 +65,18 @@ def test_flagged_cells_have_a_ring():
 def test_any_number_of_blocks_fits_the_page(blocks):
     root = ElementTree.fromstring(heat({"a": {block: float(block) for block in range(blocks)}}, PLAIN, ""))
     assert float(root.get("width")) <= 1010
+
+
+def test_the_legend_fits_beside_few_blocks():
+    """Four blocks are narrower than the legend; its last word ends inside the picture."""
+    svg = heat({"head 0": {block: 0.0142 * (block + 1) for block in range(4)}}, OUTPUT_ERROR, "")
+    root = ElementTree.fromstring(svg)
+    last = next(item for item in root.iter("text") if (item.text or "").endswith("is worse"))
+    assert float(last.get("x")) + SMALL * len(last.text) <= float(root.get("width"))
+
+
+def test_what_reads_the_same_is_coloured_the_same():
+    """Roundings differ in the ninth digit; the figures in the cells do not."""
+    svg = heat({"a": {0: 1.0, 1: 1.0 - 1e-7, 2: 1.0 - 3e-7}}, Quantity("x", "low", compact, compact), "")
+    assert levels(svg, 3) == [0, 0, 0]
+    assert levels(heat({"a": {0: 1e-8, 1: 5e-7}}, OUTPUT_ERROR, ""), 2) == [0, 0]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from angelslim.report.suite import suite_html, suite_tables, summary_rows, task_headings, task_rows
+from angelslim.report.suite import SUMMARY, suite_html, suite_tables, summary_rows, task_headings, task_rows
 
 
 def found() -> dict[str, Any]:
@@ -20,22 +20,34 @@ def found() -> dict[str, Any]:
         {
             "task": "average",
             **{key: one[key] for key in ("length", "attention", "value", "low", "high", "density", "ttft")},
+            **{"times_dense": 12.5 / one["ttft"], "selector_ms": 2.0, "kernel_ms": 3.0},
         }
         for one in rows
     ]
     return {
         **{"model": "<tiny>", "suite": "ruler", "lengths": [512], "attentions": ["dense", "union"]},
-        **{"samples": 2, "seed": 0, "rows": rows, "averages": means},
+        **{"samples": 2, "seed": 0, "density": 0.2, "block": None, "rows": rows, "averages": means},
     }
 
 
 def test_the_summary_has_density_and_time() -> None:
-    assert summary_rows(found())[1] == ["512", "union", "50.0", "40.0…60.0", "0.200", "12.5", "2.0", "3"]
+    assert dict(zip(SUMMARY, summary_rows(found())[1], strict=True)) == {
+        **{"attention": "union", "tokens": "512", "average (95 %)": "50.0 (40…60)", "density": "0.200"},
+        **{
+            "TTFT ms": "12.5",
+            "times dense": "1.00",
+            "selector + kernel ms": "2.0 + 3.0",
+            "dense calls": "3",
+        },
+    }
+    without = found()
+    without["averages"][1]["times_dense"] = None
+    assert summary_rows(without)[1][SUMMARY.index("times dense")] == "–"
 
 
 def test_a_task_has_a_column_for_each_attention() -> None:
-    assert task_headings(found()) == ["tokens", "task", "dense", "union"]
-    assert task_rows(found()) == [["512", "vt", "100.0 (90…110)", "50.0 (40…60)"]]
+    assert task_headings(found()) == ["task", "tokens", "dense", "union"]
+    assert task_rows(found()) == [["vt", "512", "100.0 (90…110)", "50.0 (40…60)"]]
     assert [table.row_count for table in suite_tables(found())] == [2, 1]
 
 

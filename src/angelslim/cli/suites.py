@@ -106,3 +106,5 @@ def _measure(name: str, suite: object, request: Request) -> None:
         return
     for table in suite_tables(found):
         console.out.print(table)
+    if request.out is not None:
+        console.out.print(f"Report: {request.out / 'suite.html'}", soft_wrap=True)

@@ -27,7 +27,7 @@ from .scheme import Quant, Scheme
 SMALLEST = 1e-5  # of the maxima
 ALPHAS = tuple(step / 20 for step in range(21))
 COARSE, FINER = 4, (2, 1)  # every fourth is tried, then those beside the best
-ROWS = 128  # of a weight whose outputs judge a candidate
+ROWS = 512  # of a weight whose outputs judge a candidate
 
 
 def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -84,6 +84,7 @@ def _length(job: PrefillJob, model: Any, metadata: Metadata, ids: Tensor) -> Len
         selector_ms=whole["selector_ms"],
         kernel_ms=whole["kernel_ms"],
         calls=whole["calls"],
+        kernels=whole["kernels"],
         fallbacks=whole["fallbacks"],
         dense_peak=peaks[0],
         sparse_peak=peaks[1],

@@ -80,8 +80,8 @@ def describe(metadata: Metadata) -> list[str]:
     for rule in metadata.rules:
         options = ", ".join(f"{key} {value}" for key, value in rule.options.items())
         places = [
-            f"{what} {_ranges(numbers)}"
-            for what, numbers in (("layers", rule.layers), ("heads", rule.heads))
+            f"{what}{'s' * (len(numbers) > 1)} {_ranges(numbers)}"
+            for what, numbers in (("layer", rule.layers), ("head", rule.heads))
             if numbers is not None
         ]
         found.append(

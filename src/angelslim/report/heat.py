@@ -21,6 +21,7 @@ GAP = 2  # between cells
 TOP, FOOT = 4, 70  # margins; at the foot stand the blocks' numbers, a title and the legend
 CHARACTER = 7.2  # a generous width of one character at 12 pixels
 SMALL = 6.3  # and at 11
+LEGEND = 8 + 22 * len(LEVELS) + 6  # width of the colours of the legend
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,12 @@ def compact(value: float) -> str:
 
 
 def share(value: float) -> str:
-    """Write a share of one in percent, three significant digits."""
-    return f"{100 * value:.3g} %"
+    """Write a share of one in percent, three significant digits; what is left of roundings is no figure.
+
+    >>> share(0.12345), share(3e-8)
+    ('12.3 %', '<0.001 %')
+    """
+    return "<0.001 %" if 0 < value < 1e-5 else f"{100 * value:.3g} %"
 
 
 SQNR = Quantity(
@@ -87,27 +92,29 @@ def heat(
     values = [value for row in cells.values() for value in row.values() if math.isfinite(value)]
     if not values:
         return ""
-    span = quantity.span(values)
+    span, same = quantity.span(values), len(set(map(quantity.write, values))) == 1
     blocks = sorted({block for row in cells.values() for block in row})
     left = 16 + CHARACTER * max(map(len, cells))
     cell = min(72.0, (PAGE - left - 8) / len(blocks))
-    marks = Marks(left + max(cell * len(blocks), 320) + 8, TOP + CELL * len(cells) + FOOT)
+    best, worst = map(quantity.end, span[::-1] if quantity.bad == "low" else span)
+    wrong = f"{'lower' if quantity.bad == 'low' else 'higher'} is worse"
+    legend = LEGEND + SMALL * len(f"{best}{worst}, {wrong}")
+    marks = Marks(left + max(cell * len(blocks), legend) + 8, TOP + CELL * len(cells) + FOOT)
     for y, (name, row) in enumerate(cells.items()):
         for x, block in enumerate(blocks):
             if block in row:
-                level, at = quantity.level(row[block], span), (left + cell * x, TOP + CELL * y)
+                level = 0 if same and math.isfinite(row[block]) else quantity.level(row[block], span)
+                at = (left + cell * x, TOP + CELL * y)
                 _cell(marks, at, quantity.write(row[block]), level, cell, (name, block) in flagged)
         marks.text(left - 3.5, TOP + CELL * y + CELL / 2 - 1, name, "ink", anchor="end")
     bottom, every = TOP + CELL * len(cells), math.ceil(24 / cell)
     for x in range(0, len(blocks), every):
         marks.text(left + cell * (x + 0.5), bottom + 8.06, str(blocks[x]), "muted", anchor="middle")
     marks.text(left, bottom + 24.06, "decoder block", "muted")
-    best, worst = span[::-1] if quantity.bad == "low" else span
-    wrong = "lower" if quantity.bad == "low" else "higher"
-    if math.isclose(min(values), max(values), rel_tol=1e-6):
-        marks.text(left, marks.height - 14.82, f"the same everywhere; {wrong} is worse", "muted", size=11)
+    if same:
+        marks.text(left, marks.height - 14.82, f"the same everywhere; {wrong}", "muted", size=11)
     else:
-        _legend(marks, left, quantity.end(best), f"{quantity.end(worst)}, {wrong} is worse")
+        _legend(marks, left, best, f"{worst}, {wrong}")
     return marks.svg(f"{quantity.name} {what}")
 
 
@@ -122,7 +129,7 @@ def _cell(marks: Marks, at: tuple[float, float], text: str, level: int, width: f
 
 
 def _legend(marks: Marks, left: float, best: str, worst: str) -> None:
-    """Draw the seven colours with the range they cover at the foot of the grid."""
+    """Draw the seven colours with the range they cover at the foot of the grid; beside its words it is LEGEND wide."""
     y, start = marks.height - 18, left + 8 + SMALL * len(best)
     for index in range(len(LEVELS)):
         marks.rect(start + 22 * index, y, 20, 10, f"level-{index}")

@@ -58,6 +58,7 @@ class LengthRow:
     fallbacks: dict[str, int] = field(default_factory=dict)
     dense_peak: int = 0
     sparse_peak: int = 0
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -191,7 +192,7 @@ def facts(record: PrefillRecord) -> list[tuple[str, str]]:
     found = [
         ("rules", "; ".join(record.rules)),
         ("sparse from", f"{crossover}: {record.crossover_from}"),
-        ("kernel", f"{record.kernel}, blocks of {record.block} tokens"),
+        ("kernel", f"{_kernel(record)}, blocks of {record.block} tokens"),
     ]
     if record.heads:
         on = f"on {record.heads_tokens:,} tokens of text"
@@ -311,6 +312,12 @@ def _peaks(row: LengthRow) -> str:
     if not row.sparse_peak:
         return NONE  # on a CPU the peak of the process says nothing of one prompt
     return f"{words.megabytes(row.dense_peak)}, {words.megabytes(row.sparse_peak)}"
+
+
+def _kernel(record: PrefillRecord) -> str:
+    """What computed, or what was asked for where nothing was measured."""
+    ran = dict.fromkeys(name for row in record.lengths for name in row.kernels)
+    return ", ".join(ran) or record.kernel
 
 
 def _milliseconds(value: float) -> str:

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 from angelslim.base.errors import ConfigError
 from angelslim.data.statements import END, MARKERS
+from angelslim.data.words import NOUNS
+from angelslim.evaluate.suites import word_lists
 from angelslim.evaluate.suites.base import Sample, samples
 from angelslim.evaluate.suites.ruler import TASKS, english, sentences, tasks
 from angelslim.lab.long.tokens import Tokens, save_tokenizer
@@ -148,3 +150,52 @@ def test_a_small_language_asks_the_same_things(small: Any) -> None:
 def test_it_refuses_what_it_cannot_say(small: Any) -> None:
     with pytest.raises(ConfigError, match="facts_1"):
         tasks(small, 256, TEXT, ["facts_1"])
+
+
+def test_the_solved_example_of_a_chain_is_as_long_as_rulers() -> None:
+    """RULER fills 500 tokens with it; in prompts shorter than RULER's it shrinks."""
+    for length, groups in ((4096, 15), (1024, 5)):
+        sample = english(length, TEXT)["vt"].build(random.Random(0), 30)
+        assert sample is not None
+        example = sample.prompt.partition("Memorize and track")[2].partition("Memorize and track")[0]
+        assert example.count("The grass is green.") == groups
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_2"])
+def test_a_needle_stands_before_some_hay(name: str) -> None:
+    """RULER draws its place among the lines, so none ends the text."""
+    for seed in range(60):
+        sample = build(name, 4, seed)
+        last = sample.prompt.rpartition("\nWhat")[0].splitlines()[-1]
+        assert sample.answers[0] not in last
+
+
+def test_words_are_rulers_where_their_package_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = {"adjective": ["odd"], "noun": ["cat", "big dog"], "verb": [f"verb{i}" for i in range(60)]}
+    (tmp_path / "wonderwords/assets").mkdir(parents=True)
+    (tmp_path / "wonderwords/__init__.py").touch()
+    for kind, words in lists.items():
+        (tmp_path / f"wonderwords/assets/{kind}list.txt").write_text("\n".join(words) + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    word_lists._listed.cache_clear()
+    try:
+        every = english(4096, TEXT)
+        needle, common = (every[name].build(random.Random(0), 50) for name in ("niah_single_1", "cwe"))
+        assert word_lists.source() == "wonderwords"
+    finally:
+        word_lists._listed.cache_clear()
+    assert needle is not None and common is not None
+    assert re.search(r"magic numbers for odd-(cat|big dog) is", needle.prompt)
+    assert set(common.answers) <= {word for words in lists.values() for word in words}
+
+
+def test_words_are_ours_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_lists, "PACKAGE", "no_such_package_of_words")
+    word_lists._listed.cache_clear()
+    try:
+        assert word_lists.source() == "built in" and not word_lists.every_word()
+        assert set(word_lists.nouns()) == set(NOUNS)
+    finally:
+        word_lists._listed.cache_clear()

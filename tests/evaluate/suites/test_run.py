@@ -49,18 +49,25 @@ def test_the_interval_holds_the_mean_as_often_as_it_says() -> None:
     assert 0.89 <= inside / 200 <= 0.99
 
 
-def test_averages_are_over_tasks_of_one_length_and_attention() -> None:
-    def row(task: str, length: int, scores: list[float]) -> dict[str, Any]:
-        return {
-            "task": task,
-            "length": length,
-            "attention": "dense",
-            "scores": scores,
-            "value": 100 * sum(scores) / len(scores),
-            "density": 1.0,
-            "ttft": 5.0,
-        }
+def row(task: str, length: int, scores: list[float], attention: str = "dense", ttft: float = 5.0) -> Any:
+    count = len(scores)
+    return {
+        **{"task": task, "length": length, "attention": attention, "scores": scores, "density": 1.0},
+        **{"value": 100 * sum(scores) / count, "ttft": ttft, "ttft_ms": [99.0] + [ttft] * (count - 1)},
+        **{"selector_ms": [50.0] + [1.0] * (count - 1), "kernel_ms": [2.0] * count},
+    }
 
+
+def test_averages_are_over_tasks_of_one_length_and_attention() -> None:
     found = averages([row("a", 64, [1.0] * 4), row("b", 64, [0.0, 1.0]), row("a", 128, [0.0])])
     assert [(mean["length"], mean["value"]) for mean in found] == [(64, 75.0), (128, 0.0)]
     assert found[0]["low"] == pytest.approx(50.0) and found[0]["high"] == pytest.approx(100.0)
+
+
+def test_times_are_against_dense_on_the_same_prompts_without_the_first() -> None:
+    """The first prompt of a task compiles kernels; its times do not count."""
+    rows = [row("a", 64, [1.0] * 3, ttft=12.0), row("a", 64, [1.0] * 3, "union", ttft=4.0)]
+    dense, union = averages(rows)
+    assert (dense["times_dense"], union["times_dense"]) == (1.0, 3.0)
+    assert (union["selector_ms"], union["kernel_ms"]) == (1.0, 2.0)
+    assert averages(rows[1:])[0]["times_dense"] is None

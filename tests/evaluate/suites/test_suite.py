@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from angelslim.base.errors import ConfigError
+from angelslim.base.errors import ConfigError, MissingExtra
 from angelslim.evaluate.suites.base import tokens_of
 from angelslim.evaluate.suites.suite import Suite, lengths, run_suite, samples_of
 
@@ -37,6 +37,17 @@ def test_ruler_hides_needles_in_the_given_text(tokenizer: Any, tmp_path: Path) -
     ((task, found),) = samples_of(suite, tokenizer, 1500)
     assert task.name == "niah_text_single_2" and len(found) == 2
     assert all("Only this one sentence stands here." in sample.prompt for sample in found)
+
+
+def test_chinese_answers_are_refused_before_work_without_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hotpotqa", "vcsum"):
+        (tmp_path / f"{name}.jsonl").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="jieba"):
+        Suite("longbench", (4096,), data=tmp_path)
+    assert Suite("longbench", (4096,), ["hotpotqa"], data=tmp_path).tasks == ["hotpotqa"]
 
 
 def test_longbench_is_measured_from_its_files(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ def test_totals() -> None:
     first.densities = [torch.tensor([[0.2, 0.4]]), torch.tensor([[0.5]])]
     first.fallbacks.update(["decode", "decode"])
     second.fallbacks.update(["decode", "set dense"])
+    first.kernels.update(["flex", "flex"])
     assert first.row()["density"] is not None and abs(first.row()["density"] - 0.4) < 1e-6
     assert second.row()["density"] is None
     whole = total({0: first, 1: second})
+    assert whole["kernels"] == {"flex": 2}
     assert whole["calls"] == 2 and whole["fallbacks"] == {"decode": 3, "set dense": 1}
     assert abs(whole["density"] - 0.4) < 1e-6
     assert total({})["density"] is None

@@ -28,8 +28,7 @@ LONG = 4096  # tokens from which on words come 30 and 3 times instead of 6 and o
 def common_words(words: Sequence[str], length: int) -> Build:
     """Return the builder of common words extraction; size counts the different words.
 
-    A solved example goes before. RULER's words are those of the package wonderwords; ours are the caller's, and when they are
-    all used, the list grows no longer.
+    A solved example goes before. When all words are used, the list grows no longer.
     """
     often, seldom, example = (30, 3, (40, 10, 3)) if length >= LONG else (6, 1, (20, 3, 1))
 

@@ -2,8 +2,9 @@
 
 Needles stand in one of three kinds of hay: `noise`, five sentences again and again; `lines`, in which every line is a
 needle; `text`, sentences of a local file (RULER takes essays from the web, so its tasks with text have other names here).
-Keys are an adjective and a noun with a hyphen (RULER draws them from the package wonderwords, we from the words of our
-recall task), values are numbers of seven digits or UUIDs. Wording, numbers of needles and depths are RULER's.
+Keys are an adjective and a noun with a hyphen (`word_lists`), values are numbers of seven digits or UUIDs. Wording, its slip in
+the chain's answer too, numbers of needles and their places are RULER's; that no other line has the key that is asked for
+is ours.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-from ...data.words import ADJECTIVES, NOUNS
 from .base import Build, Sample
+from .word_lists import adjectives, nouns
 
 Kind = Literal["words", "numbers", "uuids"]
 Hay = Literal["noise", "lines", "text"]
@@ -34,10 +35,13 @@ CHAIN_QUESTION = (
     "variables that are assigned the value {query} in the text above."
 )
 CHAIN_PREFIX = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the value "
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the value "
     "{query}, they are: "
 )
-EXAMPLE_NOISE = 5  # sentences of noise in the solved example before a chain
+EXAMPLE_NOISE = (
+    15  # groups in the solved example before a chain: RULER fills 500 tokens, which hold about as many
+)
+SHORT_EXAMPLE_NOISE = 5  # in prompts shorter than RULER's
 
 
 def needles(
@@ -92,7 +96,7 @@ def _context(
         lines = [sentences[index % len(sentences)] for index in range(size)]
         depths = sorted(rng.sample(DEPTHS, len(hidden)), reverse=True)
         for needle, depth in zip(hidden, depths, strict=True):
-            lines.insert(len(lines) * depth // 100, needle)
+            lines.insert(size * depth // 100, needle)
         return " ".join(lines)
     lines = [NOISE] * size
     if hay == "lines":
@@ -100,8 +104,9 @@ def _context(
             NEEDLE.format(kind=value, key=_other(rng, key, taken), value=drawn(rng, value))
             for _ in range(size)
         ]
-    for needle in hidden:
-        lines.insert(rng.randint(0, len(lines)), needle)
+    places = sorted(rng.sample(range(size), len(hidden)), reverse=True)
+    for place, needle in zip(places, hidden, strict=True):
+        lines.insert(place, needle)
     return "\n".join(lines)
 
 
@@ -115,7 +120,7 @@ def drawn(rng: random.Random, kind: Kind) -> str:
         return str(rng.randint(1_000_000, 9_999_999))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+    return f"{rng.choice(adjectives())}-{rng.choice(nouns())}"
 
 
 def _other(rng: random.Random, kind: Kind, taken: set[str]) -> str:
@@ -132,11 +137,11 @@ def _different(rng: random.Random, kind: Kind, count: int) -> list[str]:
     return list(found)
 
 
-def chain(chains: int = 1, hops: int = 4) -> Build:
+def chain(example_noise: int, chains: int = 1, hops: int = 4) -> Build:
     """Return the builder of variable tracking: a solved short example, then the question; size counts groups of noise."""
 
     def build(rng: random.Random, size: int) -> Sample:
-        example = _chain_sample(rng, max(EXAMPLE_NOISE, chains * (hops + 1)), chains, hops, letters=3)
+        example = _chain_sample(rng, max(example_noise, chains * (hops + 1)), chains, hops, letters=3)
         solved = f"{example.prompt}{example.prefix} {' '.join(example.answers)}\n\n"
         asked = _chain_sample(rng, size, chains, hops, letters=5)
         return Sample(solved + asked.prompt, asked.answers, asked.prefix)

@@ -2,11 +2,12 @@
 
 | here | in RULER | what differs |
 |---|---|---|
-| niah_single_1, niah_multikey_2, niah_multikey_3, vt, fwe | the same | where keys are words, the list they come from |
-| cwe | the same | the words are those of the local text |
+| niah_single_1, niah_multikey_2, niah_multikey_3, vt, cwe, fwe | the same | nothing with the extra `ruler`; without it, words (`word_lists`) |
 | niah_text_single_2, _single_3, _multikey_1, _multivalue, _multiquery | niah_* | hay is the local text, not essays from the web |
 | facts_1, facts_2 | qa_1, qa_2 | generated documents, not SQuAD and HotpotQA |
 
+"Nothing" is about how a sample is drawn: random numbers are ours, a key that is asked for stands in no other line, the largest
+size that fits is found exactly, and `cwe` grows no longer when all words are used (at about 100k tokens).
 Prompts are worded as published, answers are scored by containment, lengths count the answer's tokens too. Tokenizers of
 `tiny-long`'s language get the same tasks in that language, as far as it goes (`small_language`).
 """
@@ -20,10 +21,11 @@ from ...base.errors import ConfigError, DataError, did_you_mean
 from ...data.statements import MARKERS
 from . import small_language as small
 from .base import Task
-from .counting import COMMON, common_words, frequent_words
+from .counting import COMMON, LONG, common_words, frequent_words
 from .facts import documents
-from .haystack import chain, needles
+from .haystack import EXAMPLE_NOISE, SHORT_EXAMPLE_NOISE, chain, needles
 from .scorers import string_match_all, string_match_part
+from .word_lists import every_word
 
 TASKS = (
     "niah_single_1",
@@ -77,8 +79,9 @@ def english(length: int, text: str) -> dict[str, Task]:
         "niah_text_multiquery": needles("text", "words", "numbers", hay, queries=4),
     }
     found = {name: Task(name, build, 128, string_match_all, least=4) for name, build in niah.items()}
-    found["vt"] = Task("vt", chain(), 30, string_match_all, least=5)
-    words = sorted({word for word in re.findall(r"\b[a-z]+\b", text) if 3 <= len(word) <= 12})
+    example = EXAMPLE_NOISE if length >= LONG else SHORT_EXAMPLE_NOISE
+    found["vt"] = Task("vt", chain(example), 30, string_match_all, least=5)
+    words = every_word() or sorted({w for w in re.findall(r"\b[a-z]+\b", text) if 3 <= len(w) <= 12})
     found["cwe"] = Task("cwe", common_words(words, length), 120, string_match_all, least=COMMON)
     found["fwe"] = Task("fwe", frequent_words(length), 50, string_match_all, least=6)
     for hops in (1, 2):

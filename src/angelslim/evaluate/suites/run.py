@@ -23,6 +23,7 @@ from ..inference import device_of, inference, last_logits, read_so_far, stop_tok
 from .base import Sample, Task, tokens_of
 
 RESAMPLES = 2000  # of the bootstrap
+DENSE = "dense"
 WARM_UP = 1  # prompts of each task whose time does not count, while kernels are compiled
 
 
@@ -67,15 +68,19 @@ class Cell:
     def row(self) -> dict[str, Any]:
         """Plain values, with the mean score in percent and its 95 % interval."""
         low, high = interval(self.scores)
-        timed = self.ttft_ms[WARM_UP:] or self.ttft_ms
         return {
             **asdict(self),
             "value": 100 * float(np.mean(self.scores)),
             "low": 100 * low,
             "high": 100 * high,
             "density": float(np.mean(self.densities)) if self.densities else None,
-            "ttft": float(np.median(timed)),
+            "ttft": float(np.median(warm(self.ttft_ms))),
         }
+
+
+def warm(values: list[float]) -> list[float]:
+    """Return the times that count: all but those of the first prompts, or these if there are no others."""
+    return values[WARM_UP:] or values
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -144,11 +149,30 @@ def answer(model: Any, ids: torch.Tensor, new_tokens: int, stops: Sequence[int])
     return written, spent
 
 
+def times_dense(cells: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> float | None:
+    """How many times sooner the first token came than with dense attention: the median over prompts, which both read in turn."""
+    by_task = {cell["task"]: cell["ttft_ms"] for cell in dense}
+    ratios = [
+        plain / spent
+        for cell in cells
+        if cell["task"] in by_task
+        for plain, spent in zip(warm(by_task[cell["task"]]), warm(cell["ttft_ms"]), strict=True)
+    ]
+    return float(np.median(ratios)) if ratios else None
+
+
+def _median(cells: Sequence[dict[str, Any]], part: str) -> float:
+    return float(np.median([ms for cell in cells for ms in warm(cell[part])]))
+
+
 def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each length and attention the mean over tasks, with a bootstrap interval that resamples within tasks."""
     found = []
     for length, name in dict.fromkeys((row["length"], row["attention"]) for row in rows):
-        cells = [row for row in rows if (row["length"], row["attention"]) == (length, name)]
+        cells, dense = (
+            [row for row in rows if (row["length"], row["attention"]) == (length, one)]
+            for one in (name, DENSE)
+        )
         rng = np.random.default_rng(0)
         means = np.mean(
             [
@@ -169,6 +193,9 @@ def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "high": float(high),
                 "density": float(np.mean(densities)) if densities else None,
                 "ttft": float(np.median([cell["ttft"] for cell in cells])),
+                "times_dense": times_dense(cells, dense),
+                "selector_ms": _median(cells, "selector_ms"),
+                "kernel_ms": _median(cells, "kernel_ms"),
             }
         )
     return found

@@ -133,10 +133,15 @@ def subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
     return found[::-1]
 
 
-def cut(text: str) -> list[str]:
-    """Cut Chinese text into words."""
+def check_chinese() -> None:
+    """Refuse to score Chinese answers without the package that cuts them into words."""
     if importlib.util.find_spec("jieba") is None:
         raise MissingExtra("jieba", "longbench", "Scoring Chinese answers")
+
+
+def cut(text: str) -> list[str]:
+    """Cut Chinese text into words."""
+    check_chinese()
     import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     words: list[str] = jieba.lcut(text, cut_all=False)

@@ -11,9 +11,10 @@ from typing import Any
 from ...base.errors import ConfigError, did_you_mean
 from ..perplexity import read_text
 from ..suite import evaluation_text
-from . import longbench, ruler
+from . import longbench, ruler, scorers
 from .base import Sample, Task, samples
 from .run import Attend, averages, run_task
+from .word_lists import source
 
 SUITES = ("ruler", "longbench")
 
@@ -39,7 +40,8 @@ class Suite:
         if self.name == "longbench" and self.data is None:
             raise ConfigError("LongBench reads local files.", fix="Name their folder with --data.")
         if self.data is not None and self.name == "longbench":
-            longbench.present(self.data, self.tasks)
+            if set(longbench.CHINESE_WORDS) & set(longbench.present(self.data, self.tasks)):
+                scorers.check_chinese()
         elif self.name == "ruler":
             ruler.known(self.tasks)
 
@@ -106,6 +108,7 @@ def run_suite(
         "attentions": list(attentions),
         "seed": suite.seed,
         "samples": suite.count,
+        "words": source() if suite.name == "ruler" else "",
         "rows": rows,
         "averages": averages(rows),
     }

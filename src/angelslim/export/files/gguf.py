@@ -1,6 +1,6 @@
 """GGUF, the file that llama.cpp runs: weights exactly as they were chosen.
 
-`Gguf` makes the file of a compressed folder: Q4_0, Q8_0 and MXFP4 (`_gguf_blocks`), whose scales must be numbers of
+`Gguf` makes the file of a compressed folder: Q4_0, Q8_0, Q4_K and MXFP4 (`_gguf_blocks`), whose scales must be numbers of
 float16. `write_model` is what it stands on: any model folder, and for some of its matrices `Blocks` that take their
 places, so that weights of other kinds (`_gguf_lowbit`) get into a file too. Embeddings and heads in full precision
 keep their type, vectors become float32. Written tensor by tensor, in the memory of one.
@@ -28,7 +28,7 @@ from ...models.loading import Source
 from ...numerics.scheme import Quant
 from .._checkpoint import QuantizedCheckpoint
 from .._same import respelled, spellings
-from ._gguf_blocks import TYPES, refuses, to_blocks
+from ._gguf_blocks import refuses, to_blocks, type_of
 from ._gguf_lowbit import gguf_types, pack
 from ._gguf_model import add_shape, architecture, has_place, rope_factors, turned_rows
 from ._gguf_read import check_scales, read_header
@@ -149,7 +149,7 @@ def _blocks(checkpoint: QuantizedCheckpoint, name: str, wanted: str) -> Blocks:
             f"GGUF cannot hold {scheme} exactly ({name}): {refuses(scheme, (rows, columns))}.",
             fix="Compress the model again with one of the recipes for GGUF (`angelslim ls`).",
         )
-    kind = TYPES[fitting.weight.format.name]
+    kind = type_of(fitting.weight)
     if wanted not in ("", kind):
         raise SchemeError(f"{name} fits {kind}, not {wanted}.", fix="Leave the type out.")
     return Blocks(kind, partial(_packed, checkpoint, name, fitting.weight))

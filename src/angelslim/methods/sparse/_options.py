@@ -65,13 +65,15 @@ class Settings:
         value = self._layer(name, ctx)
         if not isinstance(value, list):
             return (value,)
-        if len(value) not in (1, heads):
+        if len(value) == 1:
+            return tuple(value)
+        if len(value) != ctx.of_layer(heads):
             raise ConfigError(
                 f"The option {name} of the selector {self.selector} lists {len(value)} heads in layer {ctx.layer}, "
-                f"the model has {heads}.",
+                f"the model has {ctx.of_layer(heads)}.",
                 fix="Give one value a query head, or one for all.",
             )
-        return tuple(value)
+        return ctx.own(value)
 
     def column(self, name: str, ctx: Context, q: Tensor) -> Tensor:
         """The values of an option as float32 [H or 1, 1, 1], which broadcast over maps [B, H, nQ, nK]."""

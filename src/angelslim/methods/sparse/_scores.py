@@ -142,9 +142,8 @@ def spread_over_blocks(slash: Tensor, ctx: Context) -> Tensor:
     behind = torch.arange(block, device=slash.device) / block
     own, next_one = (cut * (1 - behind)).sum(-1), (cut * behind).sum(-1)
     shares = own + F.pad(next_one, (1, -1))
-    place = (block_distance(ctx, slash.device) + 2).clamp_min(
-        0
-    )  # the first cut holds distances from -2 blocks on
+    # The first cut holds distances from -2 blocks on.
+    place = (block_distance(ctx, slash.device) + 2).clamp_min(0)
     return shares[:, :, place] * allowed_blocks(ctx, slash.device)
 
 

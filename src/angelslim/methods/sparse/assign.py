@@ -8,7 +8,7 @@ are joined into one plan, so the kernel still runs once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class Heads:
         plans = []
         for heads, selector in self.parts:
             own = torch.tensor(heads, device=q.device)
-            plans.append(selector(q[:, own], k[:, own // groups], v[:, own // groups], ctx))
+            asked = replace(ctx, part=(heads, q.shape[1]))
+            plans.append(selector(q[:, own], k[:, own // groups], v[:, own // groups], asked))
         longest = max(plan.idx.shape[-1] for plan in plans)
         num = plans[0].num.new_zeros(q.shape[0], q.shape[1], plans[0].rows)
         idx = num.new_zeros(*num.shape, longest)

@@ -50,9 +50,10 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDicti
 class Settings:
     """How plans are made and computed.
 
-    `block` is the side of a block in tokens; prompts shorter than `crossover` tokens stay dense, since choosing blocks
-    costs more than it saves there; "auto" measures that length at the first prompt (`crossover.find`). `kernel` names a kernel or is "auto"; `measure` records densities and times.
-    `prompt_len` is the length of the whole prompt, where it is known and the prompt comes in chunks.
+    `block` is the side of a block in tokens. Prompts shorter than `crossover` tokens stay dense, since choosing blocks costs
+    more than it saves there; "auto" measures that length at the first prompt (`crossover.find`). `kernel` names a kernel or
+    is "auto", `measure` records densities and times, `prompt_len` is the length of the whole prompt, where it is known and
+    the prompt comes in chunks.
     """
 
     block: int = 128

@@ -14,14 +14,16 @@ in its own way, makes a bool mask [B, H, nQ, nK] and hands it to `finish`, which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...kernels.attention.blocks import BlockPlan, causal_area, causal_blocks, diagonal
 
+T = TypeVar("T")
 __all__ = ["BlockPlan", "Context", "Selector", "causal_area", "causal_blocks", "diagonal", "finish"]
 
 
@@ -31,7 +33,8 @@ class Context:
 
     `prompt_len` is the number of tokens of the whole prompt as far as it is known, which budgets are tied to;
     `kv_len` the number of keys of this call, equal to it unless given. `kv_start` and `kv_stop` are int64 [B]: the
-    first real key of each batch row and the one after its last, for padding; None means that nothing is padded.
+    first real key of each batch row and the one after its last, for padding; None means that nothing is padded. `part` is
+    set where a selector is asked about some query heads of a layer only: which ones, and how many the layer has.
     """
 
     layer: int
@@ -43,6 +46,15 @@ class Context:
     kv_start: Tensor | None = None
     kv_stop: Tensor | None = None
     kv_len: int | None = None
+    part: tuple[tuple[int, ...], int] | None = None
+
+    def of_layer(self, heads: int) -> int:
+        """How many query heads the layer has, for a call with `heads` of them."""
+        return heads if self.part is None else self.part[1]
+
+    def own(self, values: Sequence[T]) -> tuple[T, ...]:
+        """Of one value a query head of the layer, those of this call's heads."""
+        return tuple(values) if self.part is None else tuple(values[head] for head in self.part[0])
 
     @property
     def keys(self) -> int:

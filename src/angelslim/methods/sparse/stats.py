@@ -80,16 +80,18 @@ class LayerStats:
 
 
 def total(layers: dict[int, LayerStats]) -> dict[str, Any]:
-    """All layers together: sums of calls and times, the mean density, and the reasons counted over layers."""
+    """All layers together: sums of calls and times, the mean density, kernels and reasons counted over layers."""
     rows = [layer.row() for layer in layers.values()]
     densities = [row["density"] for row in rows if row["density"] is not None]
-    fallbacks: Counter[str] = Counter()
+    fallbacks, kernels = Counter[str](), Counter[str]()
     for row in rows:
         fallbacks.update(row["fallbacks"])
+        kernels.update(row["kernels"])
     return {
         "calls": sum(row["calls"] for row in rows),
         "density": sum(densities) / len(densities) if densities else None,
         "selector_ms": sum(row["selector_ms"] for row in rows),
         "kernel_ms": sum(row["kernel_ms"] for row in rows),
+        "kernels": dict(kernels),
         "fallbacks": dict(fallbacks),
     }

@@ -28,7 +28,7 @@ from ...numerics.scheme import Scheme
 from ...numerics.smooth import Reader, search, smooth_scale
 from ._shared import Place, Places, scale_dtype
 
-SAMPLED = 512  # tokens of a group's input that the search looks at
+SAMPLED = 256  # tokens of a group's input that the search looks at: its rows say more than further tokens
 SEARCH = "search"
 
 

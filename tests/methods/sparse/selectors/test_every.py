@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from oracles import CASES, Case, allowed, own, rows_of
 
 from angelslim.base.errors import ConfigError
 from angelslim.methods.sparse._budget import prompt_counts
+from angelslim.methods.sparse._patterns import HeadPattern, write_patterns
+from angelslim.methods.sparse.assign import Heads, full
 from angelslim.methods.sparse.plan import BlockPlan, causal_area
 from angelslim.methods.sparse.selectors.base import SELECTORS
 
@@ -142,3 +145,22 @@ def test_all_is_done_on_the_queries_device_and_nothing_waits(
             mask = SELECTORS.get(name)(options).select(*tensors, case.context())
             assert isinstance(mask, torch.Tensor) and mask.device.type == "meta"
             assert mask.shape[:2] == (2, 4)
+
+
+def test_lists_count_the_layers_heads_also_for_some_of_them(tmp_path: Path) -> None:
+    """A selector that a rule gives heads 3 and 1 keeps there what it keeps for all four, by its lists and pattern files."""
+    case = Case(heads=4, kv_heads=2, queries=512, keys=512)
+    q, k, v = case.tensors()
+    layer = [HeadPattern("stream_llm", 16, 32 * (head + 1)) for head in range(4)]
+    write_patterns(tmp_path / "patterns.json", [layer] * 4)
+    for name, options in (
+        ("stem", {"density": [[0.2, 0.3, 0.4, 0.6]]}),
+        ("minference", {"patterns": str(tmp_path / "patterns.json")}),
+    ):
+        select = SELECTORS.get(name)(options).select
+        whole = select(q, k, v, case.context()).to_mask()
+        mask = Heads((((3, 1), select), ((0, 2), full)))(q, k, v, case.context()).to_mask()
+        assert torch.equal(mask[:, [1, 3]], whole[:, [1, 3]])
+        assert not torch.equal(whole[:, 1], whole[:, 3])
+    with pytest.raises(ConfigError, match="lists 2 heads in layer 2, the model has 4"):
+        Heads((((3, 1), SELECTORS.get("stem")({"density": [[0.2, 0.3]]}).select),))(q, k, v, case.context())

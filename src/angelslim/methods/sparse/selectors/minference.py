@@ -87,13 +87,13 @@ class MInference:
         """The pattern of each head of the layer; one entry where they agree."""
         if self.patterns is not None:
             have = [len(layer) for layer in self.patterns]
-            if len(have) != ctx.layers or have[ctx.layer] != heads:
+            if len(have) != ctx.layers or have[ctx.layer] != ctx.of_layer(heads):
                 raise ConfigError(
                     f"The pattern file has {len(have)} layers, with {have[min(ctx.layer, len(have) - 1)]} heads in "
-                    f"layer {ctx.layer}; the model has {ctx.layers} layers and {heads} heads.",
+                    f"layer {ctx.layer}; the model has {ctx.layers} layers and {ctx.of_layer(heads)} heads.",
                     fix="Search the patterns of this model.",
                 )
-            return self.patterns[ctx.layer]
+            return ctx.own(self.patterns[ctx.layer])
         lists = [self.settings.each(name, ctx, heads) for name in ("kind", "vertical", "slash", "blocks")]
         width = max(map(len, lists))
         kinds, vertical, slash, blocks = (entries * (width // len(entries)) for entries in lists)

@@ -80,8 +80,12 @@ def _quality(model: str, rows: list[Row]) -> list[Row]:
         means = {tool: statistics.fmean(kl.values()) for tool, kl in others.items() if kl}
         if own and means:
             best = min(means, key=lambda tool: means[tool])
+            seeds = own.keys() & others[best].keys()
+            if not seeds:
+                continue
             name = f"{model}, {ours}: KL over the best other's ({best}, {theirs})"
-            found.append(bar(name, statistics.fmean(own.values()) / means[best], goal, at_most=True))
+            ratio = sum(own[seed] for seed in seeds) / sum(others[best][seed] for seed in seeds)
+            found.append(bar(name, ratio, goal, at_most=True))
     return found
 
 

@@ -101,13 +101,16 @@ def test_kill_9_at_two_points_gives_the_same_bytes(
 def test_kill_9_at_ten_random_moments_gives_the_same_bytes(deep_folder, texts, whole, tmp_path):
     """The work done by forked children, each killed at a moment it cannot foresee; the last one finishes."""
     out, rng = tmp_path / "out", random.Random(7)
+    started = time.perf_counter()
+    pipeline.run(static_job(deep_folder, texts), tmp_path / "undisturbed")
+    whole_run = time.perf_counter() - started
     deaths = 0
     for _ in range(10):
         process = multiprocessing.get_context("fork").Process(
             target=_run_alone, args=(deep_folder, texts, out)
         )
         process.start()
-        time.sleep(rng.uniform(0.05, 0.6))
+        time.sleep(rng.uniform(0.05, 0.6) * whole_run)
         process.kill()
         process.join()
         deaths += process.exitcode == -signal.SIGKILL

@@ -18,7 +18,8 @@ import torch
 from .base.errors import ResourceError
 from .job import Job, Unit
 from .models.experts import streamable
-from .models.loading import Source
+from .models.families import shipped
+from .models.loading import Source, raw_config
 from .models.outline import file_of
 from .models.outside import before_blocks_bytes
 from .models.select import Layer, groups_by_linear
@@ -140,7 +141,9 @@ def peak_memory(job: Job) -> int:
 
 
 def _remembers(job: Job) -> bool:
-    """Say whether the structure is in the user's cache, under the names that the result is opened by at the end."""
+    """Say whether the structure is known without the network, under the names that the result is opened by at the end."""
+    if shipped(raw_config(job.source.folder), job.source.checkpoint) is not None:
+        return True
     file = file_of(job.source.config, job.source.checkpoint)
     return file is not None and file.is_file()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from angelslim.base import parallel
 from angelslim.base.errors import ConfigError
+from angelslim.methods.base import QAT
+from angelslim.methods.qat import _fused
+from angelslim.methods.qat.base import attach, quantizers, set_progress
 from angelslim.numerics.distillation import Distillation
 from angelslim.teacher.live import own_masters
 from angelslim.teacher.objective import objective
@@ -28,6 +32,7 @@ from tiny import qwen3
 
 STEPS, KINDS = 5, ("ddp", "fsdp", "fsdp_resumed", "fsdp_then_ddp")
 QUANTIZED = ("ddp_quantized", "fsdp_quantized")
+COMPILED = ("ddp_compiled", "fsdp_compiled")
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -87,6 +92,29 @@ def go_quantized(folder: Path, accumulation: int, fsdp: bool) -> Any:
     return [[r.loss, r.norm, r.metrics["kd"]] for r in records], whole_weights(model)
 
 
+def go_compiled(folder: Path, accumulation: int, fsdp: bool, compiled: str) -> Any:
+    """The same with quantizers, which compute several layers together where they are compiled and whole."""
+    model = qwen3(hidden_size=32, intermediate_size=48, head_dim=8)
+    chosen: dict[str, tuple[str, dict[str, Any]]] = {
+        "q_proj": ("tequila", {"group_size": 16, "lambda": 0.05}),
+        "up_proj": ("sherry", {"group_size": 16}),
+        "down_proj": ("seq", {}),
+    }
+    for name, module in list(model.named_modules()):
+        if found := chosen.get(name.rpartition(".")[2]):
+            attach(module, QAT.get(found[0])({**found[1], "compile": compiled}), name)
+    settings = TrainSettings(
+        STEPS, lr=1e-3, accumulation=accumulation, fsdp=fsdp, gradient_checkpointing=fsdp
+    )
+    on_step = partial(set_progress, model)
+    records = train(model, batch_at, loss_of, settings, folder, on_step=on_step, device="cpu")
+    together = [call.ready for _, _, quantizer in quantizers(model) for call in quantizer.calls.values()]
+    assert bool(together) == (compiled == "true")
+    if compiled == "true" and not fsdp:
+        assert sum(ready is not None for ready in together) >= 2 * len(model.model.layers)
+    return [[r.loss, r.norm] for r in records], whole_weights(model)
+
+
 def breaks(index: int) -> torch.Tensor:
     if index >= 12:  # in step 3, the first after the checkpoint
         raise InterruptedError
@@ -120,6 +148,9 @@ def worker(folder: Path) -> None:
         keep(folder, kind, *go(folder / kind, 2, fsdp, recompute=kind == "fsdp"))
     for kind in QUANTIZED:
         keep(folder, kind, *go_quantized(folder / kind, 2, kind.startswith("fsdp")))
+    _fused.compile_graph = lambda graph, _examples: graph
+    for kind in COMPILED:
+        keep(folder, kind, *go_compiled(folder / kind, 2, kind.startswith("fsdp"), "true"))
 
 
 def keep(folder: Path, kind: str, records: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -155,9 +186,19 @@ def one_quantized(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return go_quantized(tmp_path_factory.mktemp("one"), accumulation=4, fsdp=False)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *QUANTIZED])
-def test_two_processes_equal_one(kind: str, one: Any, one_quantized: Any, two: Path) -> None:
-    records, weights = one_quantized if kind in QUANTIZED else one
+@pytest.fixture(scope="module")
+def one_uncompiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return go_compiled(tmp_path_factory.mktemp("one"), 4, False, "false")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *QUANTIZED, *COMPILED])
+def test_two_processes_equal_one(
+    kind: str, one: Any, one_quantized: Any, one_uncompiled: Any, two: Path
+) -> None:
+    records, weights = {
+        **dict.fromkeys(QUANTIZED, one_quantized),
+        **dict.fromkeys(COMPILED, one_uncompiled),
+    }.get(kind, one)
     found = json.loads((two / f"{kind}.json").read_text())
     assert torch.allclose(torch.tensor(found), torch.tensor(records), rtol=1e-5, atol=1e-5)
     stored = load_file(two / f"{kind}.safetensors")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..base.errors import ModelError, did_you_mean
 from .builtin import BUILTIN, builtin_model
 from .checkpoint import Checkpoint
+from .families import shipped
 from .outline import Outline, Target, behind, file_of, remember, remembered, shortcut_of, shorten
 from .rules import with_experts
 from .structure import PROBE, Structure, discover, find_blocks, register_probe
@@ -353,11 +354,11 @@ def open_model(reference: str | Path, *, trust_remote_code: bool = False) -> Sou
 def open_remembered(
     name: str, folder: Path, settings: dict[str, Any], checkpoint: Checkpoint
 ) -> Source | None:
-    """Open a model that was opened before, without transformers; None if it was not.
+    """Open a model without transformers: it was opened before, or its family is known; None if neither.
 
     `settings` are config.json as it is, without what it says of quantization.
     """
-    outline = remembered(behind(shortcut_of(settings, checkpoint)))
+    outline = shipped(settings, checkpoint) or remembered(behind(shortcut_of(settings, checkpoint)))
     return None if outline is None else Source(name, folder, None, checkpoint, outline=outline)
 
 

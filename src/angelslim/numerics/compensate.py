@@ -116,34 +116,35 @@ def inverse_factor(
     mean = live.mean() if len(live) else diagonal.new_ones(())
     for retry in RETRIES:
         damping = damp * retry
-        damped = hessian.index_select(0, last_first).index_select(1, last_first)
+        # Two matrices, used twice each: of a wide layer each is gigabytes, and new memory costs more than the arithmetic.
+        gathered = hessian.index_select(0, last_first)
+        damped = gathered.index_select(1, last_first)
         damped.diagonal()[dead[last_first]] = mean
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # of a wide layer each of these is gigabytes
+        lower, failed = gathered.T, torch.empty((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(damped, out=(lower, failed))
         if failed.item() or not lower.diagonal().isfinite().all():
             continue
-        upper = _inverse_of_lower(lower).flip(0, 1)
-        del lower
-        if upper.isfinite().all():
+        _invert_lower(lower, damped.zero_())
+        del gathered, lower
+        upper = damped.flip(0, 1)
+        if upper.sum().isfinite() or upper.isfinite().all():
             return upper, damping
     return None
 
 
-def _inverse_of_lower(lower: Tensor) -> Tensor:
-    """Invert a lower triangular matrix by halves: a third of the work of solving for the identity."""
+def _invert_lower(lower: Tensor, inverse: Tensor) -> None:
+    """Write the inverse of a lower triangular matrix into zeros, by halves: a third of the work of solving for the identity."""
     size = len(lower)
     if size <= LEAF:
-        small: Tensor = torch.linalg.solve_triangular(
-            lower, torch.eye(size, device=lower.device), upper=False
-        )
-        return small
+        identity = torch.eye(size, device=lower.device)
+        inverse.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = size // 2
-    inverse = torch.zeros_like(lower)
-    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, last
+    first, last = inverse[:half, :half], inverse[half:, half:]
+    _invert_lower(lower[:half, :half], first)
+    _invert_lower(lower[half:, half:], last)
     inverse[half:, :half] = last @ (lower[half:, :half] @ first).neg_()
-    return inverse
 
 
 def factorize(
@@ -197,7 +198,7 @@ def _codes(stacked: Tensor, factor: Factor, rounded: Sequence[Quantized]) -> Ten
     zeros = [_by_row(each.zero, each) for each in rounded if each.zero is not None]
     offsets = torch.cat(zeros) if zeros else None
     order, upper, drift = factor.order, factor.upper, factor.drift
-    work = stacked.T[order]  # [in, rows], so that a column of W is contiguous
+    work = stacked.index_select(1, order).T.contiguous()  # [in, rows], so that a column of W is contiguous
     codes = torch.empty_like(work, dtype=STORAGE[grid.kind])
     for start in range(0, width, LAZY):
         stop = min(start + LAZY, width)

@@ -87,24 +87,31 @@ class Quadratic:
 class Squares:
     """The sum of ``X^T X [in, in]`` over inputs ``[tokens, in]`` that come in parts, in float32.
 
-    Only the upper half is summed up; the lower one is its mirror image. Parts of one type are kept until `TOGETHER`
-    tokens have come.
+    Only the upper half is summed up; the lower one is its mirror image. Parts of one type are kept, in the type that the
+    products take, until `TOGETHER` tokens have come.
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self._sums = torch.zeros(width, width, device=device)
-        self._parts: list[Tensor] = []
+        self._kept: Tensor | None = None  # [TOGETHER, in], the first `_count` rows of it filled
+        self._count = 0
+        self._dtype = torch.float32  # that they came in
 
     def add(self, inputs: Tensor) -> None:
         """Add the squares of some more inputs ``[tokens, in]``, which may change afterwards."""
-        if self._parts and self._parts[0].dtype != inputs.dtype:
-            self._flush()
-        if len(inputs) >= TOGETHER:
-            self._multiply(inputs)
+        if self._dtype != inputs.dtype:
+            self._multiply_kept()
+        self._dtype = inputs.dtype
+        if not self._count and len(inputs) >= TOGETHER:
+            self._multiply(inputs.float())
             return
-        self._parts.append(inputs.clone())
-        if sum(map(len, self._parts)) >= TOGETHER:
-            self._flush()
+        if self._kept is None:
+            self._kept = torch.empty(TOGETHER, len(self._sums), device=self._sums.device)
+        for part in inputs.tensor_split(list(range(TOGETHER - self._count, len(inputs), TOGETHER))):
+            self._kept[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            if self._count == TOGETHER:
+                self._multiply_kept()
 
     def rescale(self, columns: Tensor) -> None:
         """Divide the inputs by `columns` ``[in]``."""
@@ -126,14 +133,17 @@ class Squares:
         return self._sums
 
     def _flush(self) -> None:
-        if self._parts:
-            self._multiply(torch.cat(self._parts))
-            self._parts.clear()
+        """Bring the sums up to date; nothing is kept, for this is done when all has been seen."""
+        self._multiply_kept()
+        self._kept = None
 
-    def _multiply(self, inputs: Tensor) -> None:
-        exact = inputs.dtype == torch.bfloat16
-        values = inputs.float()
-        with bfloat16_factors(exact):
+    def _multiply_kept(self) -> None:
+        if self._kept is not None and self._count:
+            self._multiply(self._kept[: self._count])
+        self._count = 0
+
+    def _multiply(self, values: Tensor) -> None:
+        with bfloat16_factors(self._dtype == torch.bfloat16):
             for start, stop in self._panels():
                 self._sums[start:stop, start:].addmm_(values[:, start:stop].T, values[:, start:])
 

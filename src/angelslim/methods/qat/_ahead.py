@@ -1,12 +1,13 @@
 """Layers of one shape quantized several at a time, before the step, instead of one by one within it.
 
 On a GPU the kernels that quantize a weight are done before the next ones are started: what a step waits for is the
-start of each, and its Python. All layers of one shape, type and recipe compute the same function, so what one step
-asked for can be computed for the next in a few calls of `TOGETHER` layers each, and the layers then find it ready.
+start of each, and its Python. All layers of one shape, type and recipe compute the same formula, so what one step asked
+for can be computed for the next in a few calls of `TOGETHER` layers each, and the layers then find it ready. Their
+backward passes are one call as well (`_formula`).
 
-A result counts only for the very tensors that it was made of, at the version that they had (torch counts each change in
-place), and for the same settings; anything else is computed as always. So micro-batches and recomputed blocks share it,
-and a weight that was changed after `prepare` is quantized again. Only compiled functions take part.
+A result counts only for the very tensors that it was made of, as they were then (torch counts each change in place), and
+for the same formula; anything else is computed as always. So micro-batches and recomputed blocks share it, and a weight
+that was changed after `prepare` is quantized again. Only what is compiled takes part.
 
 Results stay for the whole step: two bytes a weight under autocast, which plain training spends on its copies in bfloat16
 from the forward to the backward pass.
@@ -14,71 +15,94 @@ from the forward to the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _fused
+from ._formula import Formula, Several, Single, Tensors, as_tuple, repeated
 
 TOGETHER = 8  # layers of one call: each length is compiled for itself
 
-Tensors = tuple[Tensor | None, ...]
+
+class Together:
+    """The results of several layers, one tuple for each, and the node that autograd goes back through."""
+
+    def __init__(self, formula: Formula, layers: list[Tensors]) -> None:
+        self.formula, self.layers = formula, layers
+        self.tensors = [tensor for layer in layers for tensor in layer]
+        found = _fused.run(
+            repeated, True, *self.tensors, of=formula.values, count=len(layers), **formula.settings
+        )
+        self.alone = not isinstance(found[0], tuple)  # whether each layer's result is one tensor
+        self.results: list[tuple[Tensor, ...]] = [as_tuple(result) for result in found]
+        self.linked: tuple[Tensor, ...] = ()
+
+    def of(self, place: int) -> Any:
+        """Return the results of one layer, differentiable where that is asked for.
+
+        The node is made when the first layer asks. Of the nodes that are ready the backward pass takes the one that was
+        made last: so it hands on the gradients of these layers before it goes on to the layers in front of them.
+        """
+        if not torch.is_grad_enabled():
+            found = self.results[place]
+        else:
+            if not self.linked:
+                self.linked = Several.apply(self.formula, self.results, *self.tensors)  # type: ignore[no-untyped-call]
+            each = len(self.linked) // len(self.layers)
+            found = self.linked[place * each : (place + 1) * each]
+        return found[0] if self.alone else found
 
 
 @dataclass
 class Call:
-    """What a layer asked for last, and the result if it was computed ahead."""
+    """What a layer asked for last, and where its result is if it was computed ahead."""
 
-    function: Callable[..., Any]
+    formula: Formula
     tensors: Tensors
-    settings: dict[str, Any]
-    versions: list[int] = field(default_factory=list)
-    result: Any = None  # a tensor, or a tuple of them
+    state: list[Any]
+    ready: Together | None = None
+    place: int = 0
     used: bool = True
     alike: Hashable = None  # what calls have in common that can be computed together
 
     def __post_init__(self) -> None:
         """See what it has in common with others."""
-        shapes = tuple(
-            [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in self.tensors]
-        )
-        self.alike = self.function, shapes, tuple(self.settings.values())
-
-    def same(self, tensors: Tensors, settings: dict[str, Any]) -> bool:
-        """Say whether a result is that of these tensors as they are now."""
-        return (
-            self.versions == _versions(tensors)
-            and _places(self.tensors) == _places(tensors)
-            and self.settings == settings
-        )
-
-    def reads(self, weight: Tensor) -> bool:
-        """Say whether the call is for a layer's own, whole weight."""
-        first = self.tensors[0]
-        return first is not None and type(weight) is nn.Parameter and first.data_ptr() == weight.data_ptr()
+        shapes = [
+            None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+            for t in self.tensors
+        ]
+        formula = self.formula
+        settings = (*formula.settings.values(), *formula.back.values())
+        self.alike = formula.values, tuple(shapes), settings
 
 
-def take(
-    calls: dict[Hashable, Call], function: Callable[..., Any], *tensors: Tensor | None, **settings: Any
-) -> Any:
-    """Return ``function(*tensors, **settings)``, compiled; from `calls` if it is ready, else note it there.
+class Calls(dict[Hashable, Call]):
+    """The calls of one layer by their function; no copy of a layer has them, since results belong to the weight."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Calls, ()
+
+
+def take(calls: Calls, formula: Formula, *tensors: Tensor | None) -> Any:
+    """Return the values of `formula`, compiled and differentiable; from `calls` if they are ready, else note it there.
 
     The first tensor is the layer's weight.
     """
-    call = calls.get(function)
-    if call is not None and call.result is not None and call.same(tensors, settings):
+    call, state = calls.get(formula.values), _state(tensors)
+    if call is not None and call.ready is not None and call.state == state and call.formula == formula:
         call.used = True
-        return call.result
-    held = tuple([t if t is None else t.detach() for t in tensors])
-    calls[function] = Call(function, held, settings)
-    return _fused.run(function, True, *tensors, **settings)
+        return call.ready.of(call.place)
+    held = tuple([t if t is None or t.is_leaf else t.detach() for t in tensors])  # no graph behind it
+    calls[formula.values] = Call(formula, held, state)
+    return Single.apply(formula, True, *tensors)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def prepare(layers: Iterable[tuple[Tensor, dict[Hashable, Call]]]) -> None:
+def prepare(layers: Iterable[tuple[Tensor, Calls]]) -> None:
     """Compute again what layers asked for in the step before, each given by its master weight and its calls.
 
     What was not used last time is forgotten, and so is a call for another tensor than the master weight: where
@@ -86,34 +110,24 @@ def prepare(layers: Iterable[tuple[Tensor, dict[Hashable, Call]]]) -> None:
     """
     together: dict[Hashable, list[Call]] = {}
     for weight, calls in layers:
-        for function in [name for name, call in calls.items() if not (call.used and call.reads(weight))]:
-            del calls[function]
-        for call in calls.values():
-            call.result = None
+        for function, call in list(calls.items()):
+            if not (call.used and call.tensors[0] is weight):
+                del calls[function]
+                continue
+            call.ready, call.state, call.used = None, _state(call.tensors), False
             together.setdefault(call.alike, []).append(call)
     for group in together.values():
         for start in range(0, len(group), TOGETHER):
-            _compute(group[start : start + TOGETHER])
+            part = group[start : start + TOGETHER]
+            if len(part) > 1:
+                ready = Together(part[0].formula, [call.tensors for call in part])
+                for place, call in enumerate(part):
+                    call.ready, call.place = ready, place
 
 
-def several(*tensors: Tensor | None, of: Callable[..., Any], count: int, **settings: Any) -> tuple[Any, ...]:
-    """Return the results of `count` calls of one function, whose tensors stand one after another."""
-    each = len(tensors) // count
-    return tuple([of(*tensors[place * each : (place + 1) * each], **settings) for place in range(count)])
-
-
-def _compute(group: list[Call]) -> None:
-    if len(group) == 1:
-        return
-    tensors = [tensor for call in group for tensor in call.tensors]
-    results = _fused.run(several, True, *tensors, of=group[0].function, count=len(group), **group[0].settings)
-    for call, result in zip(group, results, strict=True):
-        call.result, call.versions, call.used = result, _versions(call.tensors), False
-
-
-def _places(tensors: Tensors) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _versions(tensors: Tensors) -> list[int]:
-    return [0 if tensor is None else tensor._version for tensor in tensors]
+def _state(tensors: Tensors) -> list[Any]:
+    """Return what tells whether tensors are the same ones, and as they were."""
+    return [
+        None if tensor is None else (id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad)
+        for tensor in tensors
+    ]

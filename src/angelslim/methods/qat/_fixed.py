@@ -6,7 +6,7 @@ sides of every threshold, and the scale counts as a constant. The backward pass 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.ternary import RULES, ternary_codes
 from ...numerics.lowbit.tiles import by_row, kept, tiled
 from ...numerics.scheme import Granularity
+from ._formula import Formula
 from ._quantizer import Quantizer, product_type
-from ._straight import straight_through
 
 
 def ternary_values(
@@ -35,15 +35,9 @@ class TernaryByRule(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``."""
-        values = self.ahead(
-            ternary_values,
-            weight,
-            rule=self.rule,
-            granularity=self.granularity,
-            storage=self.scale_type,
-            dtype=product_type(weight),
-        )
-        return straight_through(weight, values)
+        settings: dict[str, Any] = {"rule": self.rule, "granularity": self.granularity}
+        settings |= {"storage": self.scale_type, "dtype": product_type(weight)}
+        return cast(Tensor, self.compute(Formula(ternary_values, settings), weight))
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales."""

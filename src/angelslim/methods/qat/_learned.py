@@ -15,7 +15,7 @@ u and q are computed again.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ...numerics.lowbit.stretched import SMALLEST
 from ...numerics.lowbit.tiles import kept, tiled
 from ...numerics.scheme import Format, Granularity
+from ._formula import Formula
 from ._quantizer import Quantizer, product_type
 
 TERNARY = Format("ternary", "int", 2, -1, 1)
@@ -100,34 +101,6 @@ def _position(tiles: Tensor, step: Tensor, shift: Tensor | None) -> Tensor:
     return tiles / step if shift is None else (tiles - shift).div_(step)
 
 
-class LearnedStep(torch.autograd.Function):
-    """``a q + y``: the given values forward; rounding a and y to what is stored counts as the identity backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        values: Tensor,
-        settings: dict[str, Any],
-        run: Any,
-    ) -> Tensor:
-        """Return the values; `run` computes `stepped_slopes` with `settings`."""
-        ctx.save_for_backward(weight, scale, shift)
-        ctx.settings, ctx.run = settings, run
-        return values.detach()
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        """Return the three gradients that are asked for."""
-        asked = tuple(ctx.needs_input_grad[:3])
-        found = ctx.run(stepped_slopes, *ctx.saved_tensors, grads[0], **ctx.settings, asked=asked)
-        return *found, None, None, None
-
-
 GRIDS: dict[str, Format] = {
     "ternary": TERNARY,
     "fp8_e4m3": Format("fp8_e4m3", "float", 8, -448.0, 448.0),
@@ -163,8 +136,7 @@ class LearnedScale(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``a q + y``."""
-        scale, shift = self.scale, self.moved()
-        settings = {"grain": self.granularity, "name": self.grid, "storage": self.scale_type}
-        values = self.ahead(stepped, weight, scale, shift, **settings, dtype=product_type(weight))
-        found = LearnedStep.apply(weight, scale, shift, values, settings, self.run)  # type: ignore[no-untyped-call]
-        return cast(Tensor, found)
+        back = {"grain": self.granularity, "name": self.grid, "storage": self.scale_type}
+        settings = {**back, "dtype": product_type(weight)}
+        formula = Formula(stepped, settings, stepped_slopes, back, keeps=(0, 1, 2))
+        return cast(Tensor, self.compute(formula, weight, self.scale, self.moved()))

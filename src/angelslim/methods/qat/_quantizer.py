@@ -14,7 +14,7 @@ at a time (`_ahead`): options of every quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from ...numerics.lowbit.tiles import shape_of, tiled
 from ...numerics.quantize import Quantized
 from ...numerics.scheme import PER_CHANNEL, Granularity
 from . import _ahead, _fused
+from ._formula import Formula, Single
 from ._options import choice, grain, number, storage
 from ._phase import left_over, phased
 
@@ -52,7 +53,7 @@ class Quantizer(nn.Module):
         self.compiling = choice(
             {"compile": str(options.get("compile", "auto")).lower()}, "compile", "auto", _fused.CHOICES
         )
-        self.calls: dict[Hashable, _ahead.Call] = {}
+        self.calls = _ahead.Calls()
         self.phasing = False
         if self.phase_in:
             # A buffer: a number would make a compiled model compile again at each step.
@@ -84,22 +85,14 @@ class Quantizer(nn.Module):
             self.unrounded.fill_(left)
             self.phasing = left > 0
 
-    def run(self, function: Callable[..., Any], *tensors: Tensor | None, **settings: Any) -> Any:
-        """Compute a pure function without gradients, as one kernel where that is asked for."""
-        weight = next(tensor for tensor in tensors if tensor is not None)
-        return _fused.run(
-            function, self.training and _fused.wanted(self.compiling, weight), *tensors, **settings
-        )
+    def compute(self, formula: Formula, weight: Tensor, *others: Tensor | None) -> Any:
+        """Return the values of a formula of the weight and other parameters and buffers, differentiable.
 
-    def ahead(self, function: Callable[..., Any], *tensors: Tensor | None, **settings: Any) -> Any:
-        """Compute like `run` what depends on parameters and buffers alone: it may have been computed before the step.
-
-        The first tensor is the weight.
+        As one kernel where that is asked for, and then it may have been computed before the step.
         """
-        if self.training and tensors[0] is not None and _fused.wanted(self.compiling, tensors[0]):
-            return _ahead.take(self.calls, function, *tensors, **settings)
-        with torch.no_grad():
-            return function(*tensors, **settings)
+        if self.training and _fused.wanted(self.compiling, weight):
+            return _ahead.take(self.calls, formula, weight, *others)
+        return Single.apply(formula, False, weight, *others)  # type: ignore[no-untyped-call]
 
     def join(self, linear: nn.Linear) -> None:
         """Change more of the layer than its weight, after `start`."""

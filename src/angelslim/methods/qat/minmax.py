@@ -8,7 +8,7 @@ for which the other quantizers were made.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from ...numerics.lowbit.record import LowBit
 from ...numerics.lowbit.tiles import by_row, kept, tiled
 from ...numerics.scheme import Granularity
 from ._fixed import TernaryByRule
+from ._formula import Formula
 from ._options import width
 from ._quantizer import COMMON, product_type
-from ._straight import straight_through
 
 WIDTHS = ("ternary", 3, 4, 5, 6, 7, 8)  # two symmetric bits are ternary
 
@@ -55,15 +55,9 @@ class MinMax(TernaryByRule):
         """Return ``scale * code``."""
         if self.bits == 2:
             return super().quantized(weight)
-        values = self.ahead(
-            minmax_values,
-            weight,
-            granularity=self.granularity,
-            top=self.top,
-            storage=self.scale_type,
-            dtype=product_type(weight),
-        )
-        return straight_through(weight, values)
+        settings: dict[str, Any] = {"granularity": self.granularity, "top": self.top}
+        settings |= {"storage": self.scale_type, "dtype": product_type(weight)}
+        return cast(Tensor, self.compute(Formula(minmax_values, settings), weight))
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales."""

@@ -36,6 +36,7 @@ from ...numerics.lowbit.stretched import (
 )
 from ...numerics.lowbit.tiles import by_row, kept, tiled
 from ...numerics.scheme import Granularity
+from ._formula import Formula
 from ._options import choice, width
 from ._quantizer import COMMON, Quantizer, product_type
 
@@ -83,26 +84,6 @@ def stretched_slopes(
     return to_weight, to_scale
 
 
-class Stretched(torch.autograd.Function):
-    """Stretched levels: the given values forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, values: Tensor, settings: dict[str, Any], run: Any
-    ) -> Tensor:
-        """Return the values; `run` computes `stretched_slopes` with `settings`."""
-        ctx.save_for_backward(weight, scale)
-        ctx.settings, ctx.run = settings, run
-        return values.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Return the gradients of weights and ranges; levels are computed again."""
-        asked = tuple(ctx.needs_input_grad[:2])
-        found = ctx.run(stretched_slopes, *ctx.saved_tensors, grads[0], **ctx.settings, asked=asked)
-        return *found, None, None, None
-
-
 class StretchedElastic(Quantizer):
     """Options: `bits` (2 or ternary), `init` (max or fit), `gradient` (corrected or published), and every quantizer's."""
 
@@ -127,14 +108,11 @@ class StretchedElastic(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return the levels."""
-        shared = {"grain": self.granularity, "levels": self.levels}
-        dtype = product_type(weight)
-        values = self.ahead(
-            stretched_values, weight, self.scale, **shared, storage=self.scale_type, dtype=dtype
-        )
-        settings = {**shared, "edge": self.edge}
-        found = Stretched.apply(weight, self.scale, values, settings, self.run)  # type: ignore[no-untyped-call]
-        return cast(Tensor, found)
+        shared: dict[str, Any] = {"grain": self.granularity, "levels": self.levels}
+        settings = {**shared, "storage": self.scale_type, "dtype": product_type(weight)}
+        back = {**shared, "edge": self.edge}
+        formula = Formula(stretched_values, settings, stretched_slopes, back, keeps=(0, 1))
+        return cast(Tensor, self.compute(formula, weight, self.scale))
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and steps."""

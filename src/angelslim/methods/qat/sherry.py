@@ -30,9 +30,9 @@ from ...numerics.lowbit.sparse34 import require_fours, signs34
 from ...numerics.lowbit.tiles import by_row, kept, tiled
 from ...numerics.scheme import Granularity, per_group
 from ._anneal import KINDS, strength
+from ._formula import Formula
 from ._options import choice, number
 from ._quantizer import COMMON, Quantizer, product_type
-from ._straight import straight_through
 
 
 def sparse_values(
@@ -49,22 +49,12 @@ def sparse_values(
     return (values if share is None else torch.addcmul(values, weight, share)).to(dtype)
 
 
-class Residual(torch.autograd.Function):
-    """``values + e * weight`` forward, ``(1 + e) g`` backward."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, share: Tensor) -> Tensor:
-        """Return the values, which have the addition already; e is a tensor ``[]``."""
-        ctx.save_for_backward(share)
-        ctx.dtype = weight.dtype
-        return values.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Hand the gradient of both terms to the weight."""
-        (share,) = ctx.saved_tensors
-        grad = grads[0].to(ctx.dtype)
-        return torch.addcmul(grad, grad, share.to(ctx.dtype)), None, None
+def residual_slopes(
+    share: Tensor, grad: Tensor, *, dtype: torch.dtype, asked: object
+) -> tuple[Tensor | None, None]:
+    """Return the gradient of ``values + e * weight`` to the weight: ``(1 + e) g``."""
+    grad = grad.to(dtype)
+    return torch.addcmul(grad, grad, share.to(dtype)), None
 
 
 class Sherry(Quantizer):
@@ -100,18 +90,12 @@ class Sherry(Quantizer):
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Return ``scale * t``, and e times the weight more while training."""
-        share = self.share if self.training and self.anneal != "none" else None
-        values = self.ahead(
-            sparse_values,
-            weight,
-            share,
-            granularity=self.granularity,
-            storage=self.scale_type,
-            dtype=product_type(weight),
-        )
-        if share is None:
-            return straight_through(weight, values)
-        return cast(Tensor, Residual.apply(weight, values, share))  # type: ignore[no-untyped-call]
+        settings: dict[str, Any] = {"granularity": self.granularity, "storage": self.scale_type}
+        settings["dtype"] = product_type(weight)
+        if not self.training or self.anneal == "none":
+            return cast(Tensor, self.compute(Formula(sparse_values, settings), weight, None))
+        formula = Formula(sparse_values, settings, residual_slopes, {"dtype": weight.dtype}, keeps=(1,))
+        return cast(Tensor, self.compute(formula, weight, self.share))
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales; exactly one of four neighbours is zero."""

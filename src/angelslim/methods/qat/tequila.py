@@ -31,6 +31,7 @@ from ...numerics.lowbit.tiles import kept, tiled
 from ...numerics.scheme import Granularity, per_group
 from ._anneal import strength
 from ._fixed import TernaryByRule
+from ._formula import Formula
 from ._options import choice, number
 from ._quantizer import COMMON, product_type
 
@@ -53,36 +54,19 @@ def values_and_sums(
 
 
 def dead_slopes(
-    grad: Tensor, values: Tensor, to_sums: Tensor, *, factor: float, dtype: torch.dtype
-) -> Tensor:
+    values: Tensor,
+    grad: Tensor | None,
+    to_sums: Tensor | None,
+    *,
+    factor: float,
+    dtype: torch.dtype,
+    asked: object,
+) -> tuple[Tensor | None]:
     """Return the gradient to the weight: that of its `values`, and through the sums ``[out]`` where these are zero."""
-    wide = grad.to(dtype)
-    return torch.where(values == 0, wide + (to_sums.to(dtype) * factor)[:, None], wide)
-
-
-class SpeakingDead(torch.autograd.Function):
-    """Values and sums as they are given; backward one pass over the gradient serves both."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, values: Tensor, sums: Tensor, factor: float, run: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return values and sums; `run` computes `dead_slopes`."""
-        ctx.save_for_backward(values)
-        ctx.set_materialize_grads(False)
-        ctx.dtype, ctx.factor, ctx.run = weight.dtype, factor, run
-        return values.detach(), sums.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        """Each weight gets its value's gradient, a dead one the factor times its row's more."""
-        (values,) = ctx.saved_tensors
-        grad, to_sums = grads
-        if to_sums is None:
-            return None if grad is None else grad.to(ctx.dtype), None, None, None, None
-        grad = torch.zeros_like(values) if grad is None else grad
-        found = ctx.run(dead_slopes, grad, values, to_sums, factor=ctx.factor, dtype=ctx.dtype)
-        return found, None, None, None, None
+    wide = torch.zeros_like(values, dtype=dtype) if grad is None else grad.to(dtype)
+    if to_sums is None:
+        return (wide,)
+    return (torch.where(values == 0, wide + (to_sums.to(dtype) * factor)[:, None], wide),)
 
 
 class DeadSigns(torch.autograd.Function):
@@ -174,17 +158,11 @@ class Tequila(TernaryByRule):
 
     def _both(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         kind = product_type(weight)
-        values, sums = self.ahead(
-            values_and_sums,
-            weight,
-            grain=self.granularity,
-            storage=self.scale_type,
-            dtype=kind,
-            factor=self.peak,
-            sums=kind if self.alone else torch.float32,
-        )
-        found = SpeakingDead.apply(weight, values, sums, self.peak, self.run)  # type: ignore[no-untyped-call]
-        return cast(tuple[Tensor, Tensor], found)
+        settings: dict[str, Any] = {"grain": self.granularity, "storage": self.scale_type, "dtype": kind}
+        settings |= {"factor": self.peak, "sums": kind if self.alone else torch.float32}
+        back = {"factor": self.peak, "dtype": weight.dtype}
+        formula = Formula(values_and_sums, settings, dead_slopes, back, keeps=(1,))
+        return cast(tuple[Tensor, Tensor], self.compute(formula, weight))
 
     def merged(self, weight: Tensor) -> LowBit:
         """Return codes and scales, and the bias where there is one."""

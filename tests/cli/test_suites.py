@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from angelslim.evaluate.suites.kept import Kept
 
 WORDS = ("--suite", "ruler", "--samples", 2, "--tasks", "niah_single_1,fwe", "--lengths", 1000)
 
@@ -29,3 +36,84 @@ def test_wrong_words_are_refused_before_any_work(cli, tiny_folder, tmp_path):
     assert "--data" in cli("eval", tiny_folder, "--suite", "longbench").err
     outcome = cli("eval", tiny_folder, tiny_folder, *WORDS, "--out", tmp_path / "out")
     assert outcome.code == 2 and "one model" in outcome.err
+
+
+KEPT = (*WORDS, "--attn", "dense,uniform", "--density", 0.4, "--block", 32)  # 2 tasks with 2 prompts
+TIMES = ("ttft", "ttft_ms", "selector_ms", "kernel_ms", "times_dense")
+
+
+def timeless(file):
+    found = json.loads(file.read_text())
+    return {
+        name: [{key: x for key, x in row.items() if key not in TIMES} for row in value]
+        if name in ("rows", "averages")
+        else value
+        for name, value in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """What an uninterrupted run finds."""
+    from typer.testing import CliRunner
+
+    from angelslim.cli import app
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    words = [str(word) for word in ("eval", tiny_folder, *KEPT, "--out", out)]
+    outcome = CliRunner().invoke(app, words)
+    assert outcome.exit_code == 0, outcome.output
+    return timeless(out / "suite.json")
+
+
+def _killed(cli, words, after):
+    """Run, and kill this process when the `after`-th prompt was kept."""
+    seen, write = [], Kept.write
+
+    def dying(self, cells):
+        write(self, cells)
+        seen.append(cells)
+        if len(seen) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Kept.write = dying
+    cli(*words)
+
+
+def kill(cli, words, after):
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(cli, words, after))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_killed_suite_goes_on_with_the_same_command(cli, tiny_folder, tmp_path, monkeypatch, whole, after):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    words = ("eval", tiny_folder, *KEPT, "--out", out)
+    kill(cli, words, after)
+    assert not out.exists() and partial.is_dir()
+    seen, write = [], Kept.write
+
+    def counted(self, cells):
+        seen.append(cells[0].task)
+        write(self, cells)
+
+    monkeypatch.setattr(Kept, "write", counted)
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    assert len(seen) == 4 - after, "an answered prompt was asked again"
+    assert f"{after} of 4 prompts" in " ".join((outcome.out + outcome.err).split())
+    assert timeless(out / "suite.json") == whole
+    assert (out / "suite.html").exists() and not partial.exists()
+
+
+def test_another_command_takes_nothing_over(cli, tiny_folder, tmp_path, whole):
+    words = ("eval", tiny_folder, *KEPT, "--out", tmp_path / "out")
+    kill(cli, words, 2)
+    before = {file.name: file.read_text() for file in (tmp_path / "out.partial").iterdir()}
+    for change in (("--seed", 1), ("--samples", 3), ("--density", 0.5), ("--attn", "dense,stem")):
+        outcome = cli(*words, *change)
+        assert outcome.code == 2 and "unfinished suite" in " ".join(outcome.err.split()), change
+    assert {file.name: file.read_text() for file in (tmp_path / "out.partial").iterdir()} == before
+    assert cli(*words).code == 0 and timeless(tmp_path / "out" / "suite.json") == whole

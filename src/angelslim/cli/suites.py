@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from ..evaluate.suites.run import AttentionFigures
+    from ..evaluate.suites.suite import Suite
 
 
 Block = Annotated[
@@ -26,7 +28,9 @@ Block = Annotated[
 Name = Annotated[str, typer.Option(help="A suite of long prompts instead: ruler or longbench.")]
 Lengths = Annotated[str, typer.Option(help="Lengths of the suite's prompts in tokens: 4k,8k.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of LongBench's jsonl files.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the suite's JSON and page.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the suite's JSON and page; a killed run goes on there.")
+]
 Export = Annotated[Path | None, typer.Option(help="Only write the suite as lm-eval tasks into this folder.")]
 Device = Annotated[str, typer.Option(help="Where the suite runs: cpu or cuda.")]
 
@@ -77,34 +81,69 @@ def run(models: Sequence[str], request: Request) -> None:
         _measure(name, suite, request)
 
 
-def _measure(name: str, suite: object, request: Request) -> None:
-    from ..evaluate.suites.suite import Suite, run_suite
+def _measure(name: str, suite: Suite, request: Request) -> None:
+    from ..evaluate.suites.kept import Kept
+    from ..evaluate.suites.suite import run_suite
     from ..methods.sparse.using import attention_context, attentions
     from ..models.loading import resolve
     from ..reopen import load
-    from ..report.suite import suite_html, suite_tables
+    from ..report.suite import suite_tables
     from ..work import tokenizer_of
 
-    assert isinstance(suite, Suite)
     folder = resolve(name)
     wanted = attentions(list(request.attn), folder, request.density)
+    place = None if request.out is None else _open(request.out, folder, suite, wanted, request)
     model = load(folder, device=request.device)
 
     def attend(attention: str) -> AbstractContextManager[AttentionFigures]:
         density = None if attention == "dense" else request.density
         return attention_context(model, attention, density, block=request.block)
 
-    found = run_suite(model, tokenizer_of(folder), suite, wanted, attend)
+    kept = None if place is None else Kept(place)
+    found = run_suite(model, tokenizer_of(folder), suite, wanted, attend, kept)
     found = {"model": name, "density": request.density, "block": request.block, **found}
-    text = json.dumps(found, indent=1)
-    if request.out is not None:
-        request.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(request.out / "suite.json", (text + "\n").encode())
-        write_atomically(request.out / "suite.html", suite_html(found).encode())
+    if request.out is not None and place is not None:
+        _write(found, request.out, place)
     if request.as_json:
-        typer.echo(text)
+        typer.echo(json.dumps(found, indent=1))
         return
     for table in suite_tables(found):
         console.out.print(table)
     if request.out is not None:
         console.out.print(f"Report: {request.out / 'suite.html'}", soft_wrap=True)
+
+
+def _open(out: Path, folder: Path, suite: Suite, wanted: Sequence[str], request: Request) -> Path:
+    """Open the folder of unfinished work; that of another command is refused."""
+    import torch
+
+    from .. import __version__
+    from ..base.place import fingerprint, open_place
+    from ..methods.sparse.using import files_of
+
+    facts = {
+        **{"model": str(folder.resolve()), "suite": suite.facts(), "attentions": list(wanted)},
+        **{"density": request.density, "block": request.block},
+        **{"torch": torch.__version__, "device": request.device},
+    }
+    files = [path for path in sorted(folder.iterdir()) if path.suffix != ".html" and path.is_file()]
+    files += [*suite.files(), *(path for name in wanted for path in files_of(name))]
+    place = out.resolve()
+    place = place.with_name(place.name + ".partial")
+    open_place(
+        place,
+        fingerprint(facts, files, __version__),
+        "an unfinished suite of another command, model or data",
+        fix="Finish it with its own command, choose another --out, or delete that folder.",
+    )
+    return place
+
+
+def _write(found: dict[str, Any], out: Path, place: Path) -> None:
+    """Write the results; what was kept until now goes when they are complete."""
+    from ..report.suite import suite_html
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "suite.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(out / "suite.html", suite_html(found).encode())
+    shutil.rmtree(place)

@@ -7,7 +7,6 @@ byte for byte the same.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import Counter
@@ -20,12 +19,12 @@ import torch
 from .. import pipeline
 from ..base import console, parallel
 from ..base.errors import UserError
+from ..base.place import open_place
 from ..config.upstream import Stage
 from ..export._dense import FORMAT as DENSE
 from ..export.base import Exporter, choose
 from ..job import Job, units_of
 from ..methods.qat._result import Trained
-from ..models.checkpoint import write_atomically
 from ..models.select import Selection
 from ..numerics.scheme import PRESETS, Scheme
 from ..report.record import RunRecord
@@ -40,7 +39,7 @@ def run(job: TrainingJob, out: Path, *, command: str = "", overwrite: bool = Fal
     place = out.with_name(out.name + ".training")
     if _is_finished(job, out, overwrite):
         return RunRecord.load(out)
-    open_place(place, job.fingerprint(), overwrite)
+    open_training(place, job.fingerprint(), overwrite)
     started = time.perf_counter()
     outcome, training = _train(job, place)
     seconds = time.perf_counter() - started
@@ -73,20 +72,15 @@ def _is_finished(job: TrainingJob, out: Path, overwrite: bool) -> bool:
     return True
 
 
-def open_place(place: Path, fingerprint: str, overwrite: bool) -> None:
+def open_training(place: Path, fingerprint: str, overwrite: bool) -> None:
     """Make the folder of the training, or find the one that was begun; one of another recipe is refused."""
-    marker = place / "job.json"
-    if parallel.first():
-        if marker.exists() and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
-            if not overwrite:
-                raise UserError(
-                    f"{place} holds an unfinished training of another recipe, model or data.",
-                    fix="Finish it with its own command, delete that folder, or pass --overwrite.",
-                )
-            shutil.rmtree(place)
-        place.mkdir(parents=True, exist_ok=True)
-        write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
-    parallel.wait()
+    open_place(
+        place,
+        fingerprint,
+        "an unfinished training of another recipe, model or data",
+        fix="Finish it with its own command, delete that folder, or pass --overwrite.",
+        overwrite=overwrite,
+    )
 
 
 def _train(job: TrainingJob, place: Path) -> tuple[Outcome, dict[str, Any]]:

@@ -28,7 +28,7 @@ from .data import Data
 from .follow import Training, packed, settled, tokens_of
 from .job import TrainingJob, prepare_training
 from .plan import seconds
-from .run import open_place
+from .run import open_training
 
 SHARE = "dataset.share"
 
@@ -65,7 +65,7 @@ class Trials:
     def __call__(self, overrides: Mapping[str, Any], budget: Budget) -> Iterator[tuple[int, float]]:
         """Train and yield (step, loss on the held-back rows); the first step is not worth a word."""
         job = self._job(overrides, budget.share, budget.seed)
-        open_place(budget.folder, job.fingerprint(), overwrite=True)
+        open_training(budget.folder, job.fingerprint(), overwrite=True)
         try:
             with closing(Training(job, budget.folder, self._data_folder(job)).looks()) as looks:
                 for look in looks:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from angelslim.evaluate.suites.base import Sample, Task
-from angelslim.evaluate.suites.run import answer, averages, interval, run_task
+from angelslim.evaluate.suites.run import Reader, answer, averages, interval, run_task
 
 
 def test_the_answer_is_that_of_greedy_generation(model: Any) -> None:
@@ -34,7 +34,7 @@ def test_all_attentions_read_all_prompts(model: Any, tokenizer: Any) -> None:
 
     found = [Sample(f"prompt {index}", ("",)) for index in range(3)]
     task = Task("any", lambda *_: None, 2, lambda reply, sample: 1.0)
-    rows = run_task(model, tokenizer, task, found, 64, ["dense", "half"], attend)
+    rows = run_task(Reader(model, tokenizer, attend), task, found, 64, ["dense", "half"])
     assert seen == ["dense", "half"] * 3
     assert [row["density"] for row in rows] == [1.0, 0.5]
     assert all(row["value"] == 100 and len(row["ttft_ms"]) == 3 and row["ttft"] > 0 for row in rows)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...base import console
 from ...base.errors import ConfigError, DataError, ResourceError, UserError
 from ...base.files import write_atomically
+from ...base.place import fingerprint
 from ...config.curation import Curation, checked, load_curation
 from ...config.fields import Section
 from ...config.files import write_yaml
@@ -29,7 +30,7 @@ from .ledger import Ledger
 from .results import CurationReport, Example, Reason, Sizes, StageResult, flows, length_histogram
 from .shards import write_shards
 from .texts import snippet
-from .work import READ, REPORT, Workplace, fingerprint, finished
+from .work import READ, REPORT, Workplace, finished
 
 VERSION = "1"  # of the stages' behaviour: a partial folder of another version is not continued
 EMPTY = "empty"

@@ -15,11 +15,9 @@ entry                         what it holds
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,16 +112,6 @@ def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
-
-
-def fingerprint(recipe: dict[str, Any], files: Sequence[str], version: str) -> str:
-    """Return what identifies a run: its recipe, and every file it reads by name, size and time."""
-    facts: list[Any] = [version, recipe]
-    for name in files:
-        path = Path(name)
-        stat = path.stat() if path.exists() else None  # a data set of the hub has no file
-        facts.append([name, stat and stat.st_size, stat and stat.st_mtime_ns])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def finished(out: Path, mark: str, overwrite: bool) -> CurationReport | None:

@@ -70,6 +70,11 @@ def present(folder: Path, wanted: list[str] | None = None) -> list[str]:
     return found
 
 
+def files(folder: Path, wanted: list[str] | None = None) -> list[Path]:
+    """Return the files of the tasks that are present."""
+    return [path for name in present(folder, wanted) if (path := _file(folder, name))]
+
+
 def _file(folder: Path, task: str) -> Path | None:
     names = (f"{task}.jsonl", f"{task}_e.jsonl")
     return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -4,13 +4,15 @@ The prompt is read in one forward pass that returns the last logits only, with t
 (TTFT); the rest of the answer is decoded greedily from the cache. Attentions take turns on every prompt, so that a
 machine that slows down slows all of them, and share the prompts, so that they can be compared sample by sample.
 
+What is answered is kept after every prompt, if there is a `Keeper`, and a later run goes on behind it.
+
 The attention is the caller's: `attend` gives a context manager for a name, whose figures say what was read.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -90,36 +92,73 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+class Keeper(Protocol):
+    """Where the answers of a task are kept while the suite is not complete."""
+
+    def read(self, task: str, length: int, attentions: Sequence[str]) -> dict[str, Cell] | None:
+        """Return what is kept of a task, each attention with the same prompts; None if there is nothing whole."""
+
+    def write(self, cells: Sequence[Cell]) -> None:
+        """Keep what a task has so far."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What answers the prompts of a suite."""
+
+    model: Any
+    tokenizer: Any
+    attend: Attend
+
+    def ask(self, task: Task, sample: Sample, cells: Mapping[str, Cell]) -> None:
+        """Answer one prompt with the attention of every cell, in turn."""
+        stops, where = stop_tokens(self.model, self.tokenizer), device_of(self.model)
+        ids = torch.tensor([tokens_of(self.tokenizer, sample, task.chat)], device=where)
+        for name, cell in cells.items():
+            with inference(self.model), self.attend(name) as figures:
+                written, spent = answer(self.model, ids, task.new_tokens, stops)
+            reply = self.tokenizer.decode(written, skip_special_tokens=True)
+            cell.scores.append(task.score(reply, sample))
+            cell.ttft_ms.append(spent)
+            _add(cell, figures)
+
+
 def run_task(
-    model: Any,
-    tokenizer: Any,
+    reader: Reader,
     task: Task,
     found: Sequence[Sample],
     length: int,
     attentions: Sequence[str],
-    attend: Attend,
+    keeper: Keeper | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer every sample with every attention and return a row for each attention."""
-    cells = {name: Cell(task.name, length, name) for name in attentions}
-    stops, where = stop_tokens(model, tokenizer), device_of(model)
-    for sample in found:
-        ids = torch.tensor([tokens_of(tokenizer, sample, task.chat)], device=where)
-        for name, cell in cells.items():
-            with inference(model), attend(name) as figures:
-                written, spent = answer(model, ids, task.new_tokens, stops)
-            reply = tokenizer.decode(written, skip_special_tokens=True)
-            cell.scores.append(task.score(reply, sample))
-            cell.ttft_ms.append(spent)
-            _add(cell, figures)
-    for cell in cells.values():
-        row = cell.row()
+    """Answer every sample with every attention and return a row for each attention.
+
+    A kept prompt is taken over with all its attentions, so that times which are compared come from one process.
+    """
+    kept = keeper.read(task.name, length, attentions) if keeper else None
+    cells = kept or _empty(task, length, attentions)
+    begun = len(cells[attentions[0]].scores)
+    for index, sample in enumerate(found[begun:], begun):
+        if (
+            index == begun > 0
+        ):  # this process compiles its kernels anew: the prompt is read once without a clock
+            reader.ask(task, sample, _empty(task, length, attentions))
+        reader.ask(task, sample, cells)
+        if keeper:
+            keeper.write(list(cells.values()))
+    rows = [cell.row() for cell in cells.values()]
+    for row in rows:
         console.log.info(
             "%s, %d, %s: %.1f %%, density %s, TTFT %.0f ms",
-            *(cell.task, cell.length, cell.attention, row["value"]),
+            *(row["task"], length, row["attention"], row["value"]),
             "–" if row["density"] is None else f"{row['density']:.3f}",
             row["ttft"],
         )
-    return [cell.row() for cell in cells.values()]
+    return rows
+
+
+def _empty(task: Task, length: int, attentions: Sequence[str]) -> dict[str, Cell]:
+    return {name: Cell(task.name, length, name) for name in attentions}
 
 
 def _add(cell: Cell, figures: AttentionFigures) -> None:

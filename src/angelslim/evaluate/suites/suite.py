@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from ..perplexity import read_text
 from ..suite import evaluation_text
 from . import longbench, ruler, scorers
 from .base import Sample, Task, samples
-from .run import Attend, averages, run_task
+from .kept import Kept
+from .run import Attend, Reader, averages, run_task
 from .word_lists import source
 
 SUITES = ("ruler", "longbench")
@@ -44,6 +45,18 @@ class Suite:
                 scorers.check_chinese()
         elif self.name == "ruler":
             ruler.known(self.tasks)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what its prompts depend on, as plain values, but for the contents of `files`."""
+        words = source() if self.name == "ruler" else ""
+        return {**asdict(self), "data": str(self.data), "text": str(self.text), "words": words}
+
+    def files(self) -> list[Path]:
+        """Return the files that its prompts come from."""
+        if self.name == "ruler":
+            return [] if self.text is None else [self.text]
+        assert self.data is not None
+        return longbench.files(self.data, self.tasks)
 
 
 def lengths(words: str) -> tuple[int, ...]:
@@ -92,14 +105,25 @@ def longbench_task(name: str) -> Task:
 
 
 def run_suite(
-    model: Any, tokenizer: Any, suite: Suite, attentions: Sequence[str], attend: Attend
+    model: Any,
+    tokenizer: Any,
+    suite: Suite,
+    attentions: Sequence[str],
+    attend: Attend,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
-    """Measure and return plain values: a row for each task, length and attention, and the averages."""
+    """Measure and return plain values: a row for each task, length and attention, and the averages.
+
+    `kept` holds the prompts that an earlier run of the same command answered, and takes the new ones.
+    """
+    reader = Reader(model, tokenizer, attend)
     prepared = [(length, samples_of(suite, tokenizer, length)) for length in suite.lengths]
+    if kept:
+        kept.say(sum(len(found) for _, tasks in prepared for _, found in tasks))
     rows = []
     for length, tasks in prepared:
         for task, found in tasks:
-            made = run_task(model, tokenizer, task, found, length, attentions, attend)
+            made = run_task(reader, task, found, length, attentions, kept)
             family = longbench.family_of(task.name) if suite.name == "longbench" else ""
             rows += [{**row, "family": family} for row in made]
     return {

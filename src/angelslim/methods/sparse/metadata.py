@@ -78,6 +78,11 @@ class Metadata:
         """The rules with their selectors made."""
         return [rule.make(self.folder) for rule in self.rules]
 
+    def files(self) -> list[Path]:
+        """The files that the options of the rules name."""
+        named = [rule.options[key] for rule in self.rules for key in PATHS if rule.options.get(key)]
+        return [(self.folder or Path()) / Path(str(name)).expanduser() for name in named]
+
     def check(self, config: Any) -> None:
         """Refuse a model of another shape; `config` is that of its text tower."""
         mine = fingerprint(config)

@@ -159,6 +159,14 @@ def find(source: str | Path) -> Metadata:
     return read(source)
 
 
+def files_of(source: str) -> list[Path]:
+    """The files that an attention's numbers depend on: none for "dense" and a selector."""
+    if source == DENSE or source in SELECTORS:
+        return []
+    path = Path(source).expanduser()
+    return [path / FILE if path.is_dir() else path, *find(source).files()]
+
+
 def with_options(found: Metadata, options: dict[str, Any]) -> Metadata:
     """The same with other options for every rule that has a selector."""
     rules = tuple(

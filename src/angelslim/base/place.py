@@ -1,0 +1,54 @@
+"""The folder of unfinished work, beside its output: what identifies the work, and whose the folder is.
+
+Long work keeps its finished parts there and goes on with them after a kill. They may be taken over by the same work only,
+so the folder has a marker, ``job.json``, with a fingerprint of everything that the results depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import parallel
+from .errors import UserError
+from .files import write_atomically
+
+MARKER = "job.json"
+TEMPORARY = MARKER + ".tmp"  # all that a kill before the marker leaves
+
+
+def fingerprint(facts: dict[str, Any], files: Sequence[str | Path], version: str) -> str:
+    """Return what identifies work: its facts, and every file it reads by name, size and time."""
+    parts: list[Any] = [version, facts]
+    for name in files:
+        path = Path(name)
+        stat = path.stat() if path.exists() else None  # a data set of the hub has no file
+        parts.append([str(name), stat and stat.st_size, stat and stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def open_place(place: Path, mark: str, holds: str, *, fix: str, overwrite: bool = False) -> None:
+    """Make the folder, or find the one that was begun with this mark; `holds` and `fix` word the refusal of any other."""
+    marker = place / MARKER
+    if parallel.first():
+        if marker.exists():
+            if _mark(marker) != mark:
+                if not overwrite:
+                    raise UserError(f"{place} holds {holds}.", fix=fix)
+                shutil.rmtree(place)
+        elif place.exists() and not overwrite and {entry.name for entry in place.iterdir()} - {TEMPORARY}:
+            raise UserError(f"{place} is in the way.", fix="Move it, or choose another --out.")
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(marker, json.dumps({"fingerprint": mark}).encode())
+    parallel.wait()
+
+
+def _mark(marker: Path) -> str | None:
+    try:
+        return str(json.loads(marker.read_text("utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError):
+        return None

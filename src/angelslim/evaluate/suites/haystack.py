@@ -38,9 +38,8 @@ CHAIN_PREFIX = (
     " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the value "
     "{query}, they are: "
 )
-EXAMPLE_NOISE = (
-    15  # groups in the solved example before a chain: RULER fills 500 tokens, which hold about as many
-)
+# Groups in the solved example before a chain: RULER fills 500 tokens, which hold about as many.
+EXAMPLE_NOISE = 15
 SHORT_EXAMPLE_NOISE = 5  # in prompts shorter than RULER's
 
 

@@ -29,10 +29,13 @@ FAMILIES = {
 TASKS = tuple(task for family in FAMILIES.values() for task in family)
 PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # without a chat format
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # of the reply is all that counts
-CHINESE_WORDS = ("multifieldqa_zh", "dureader", "vcsum")  # scored by words, which Chinese does not part
+CHINESE = {  # scored by words, which Chinese does not part
+    "multifieldqa_zh": scorers.qa_f1_zh,
+    "dureader": scorers.rouge_l_zh,
+    "vcsum": scorers.rouge_l_zh,
+}
 METRICS = {
-    **dict.fromkeys(CHINESE_WORDS[:1], scorers.qa_f1_zh),
-    **dict.fromkeys(CHINESE_WORDS[1:], scorers.rouge_l_zh),
+    **CHINESE,
     **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), scorers.rouge_l),
     **dict.fromkeys(FAMILIES["synthetic"], scorers.number_share),
     **dict.fromkeys(FAMILIES["code"], scorers.code_similarity),

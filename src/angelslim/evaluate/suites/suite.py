@@ -41,7 +41,7 @@ class Suite:
         if self.name == "longbench" and self.data is None:
             raise ConfigError("LongBench reads local files.", fix="Name their folder with --data.")
         if self.data is not None and self.name == "longbench":
-            if set(longbench.CHINESE_WORDS) & set(longbench.present(self.data, self.tasks)):
+            if set(longbench.CHINESE) & set(longbench.present(self.data, self.tasks)):
                 scorers.check_chinese()
         elif self.name == "ruler":
             ruler.known(self.tasks)

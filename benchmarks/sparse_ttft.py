@@ -1,6 +1,6 @@
 """Time to the first token of a random model of Qwen3-8B's shape: sparse prefill against the fastest dense attention.
 
-    python benchmarks/sparse_ttft.py                      32k and 128k tokens; a GPU with 80 GB; four minutes
+    python benchmarks/sparse_ttft.py                      32k and 128k tokens; a GPU with 80 GB; twelve minutes, --limit ends it earlier
 
 The protocol of `sparse_speed`: runs alternate with the dense baseline, ratios are medians of pairs, failures are
 recorded, the results file is written after every measurement. Weights are random, so nothing here speaks of quality, and only
@@ -180,7 +180,9 @@ def rounds(
             for select in selectors.values():
                 prefill.sparse(select, measure=False)
         begun = time.monotonic()
-        while len(pairs["nothing"]) < repeats and (not hooks or time.monotonic() - begun < seconds):
+        while len(pairs["nothing"]) < repeats and (
+            not hooks or time.monotonic() < min(begun + seconds, book.end)
+        ):
             dense = prefill.dense(way)
             for name, select in selectors.items():
                 spent, hook = prefill.sparse(select, measure=name not in hooks)
@@ -242,6 +244,7 @@ def ttft(
             for length in lengths:
                 prefill = Prefill(model, length, device)
                 rounds(book, prefill, way, layers, length, repeats, seconds)
+                book.bars = bars(book.raw)
                 if length == lengths[0]:
                     prefill.dense(way)
                     logits[layers] = prefill.last()
@@ -259,11 +262,13 @@ def main() -> None:
     )
     parser.add_argument("--lengths", default="32768,131072", help="tokens, with commas between")
     parser.add_argument("--layers", default="compiled,eager")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument(
-        "--seconds", type=float, default=25, help="after which no further round of a length begins"
+        "--seconds", type=float, default=240, help="after which no further round of a length begins"
     )
-    parser.add_argument("--limit", type=float, default=420, help="seconds after which nothing new is begun")
+    parser.add_argument(
+        "--limit", type=float, default=900, help="seconds after which nothing new is begun, rounds included"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     book = Book("sparse_ttft", given.out, given.limit)
@@ -272,7 +277,6 @@ def main() -> None:
         ttft(book, torch.device("cuda"), lengths, given.layers.split(","), given.repeats, given.seconds)
     except Late:
         book.raw.append({"kind": "limit", "name": "the time limit ended the run", "seconds": given.limit})
-    book.bars = bars(book.raw)
     book.save(quietly=False)
 
 

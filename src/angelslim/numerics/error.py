@@ -15,7 +15,7 @@ from torch import Tensor
 
 BINS = 64
 PART = 1 << 16  # values worked on at a time: what is in between stays in the processor's cache
-SAMPLE = 1 << 18  # values that a histogram looks at
+SAMPLE = 1 << 16  # values that a histogram looks at: a thousand a bin
 
 
 @dataclass(frozen=True)

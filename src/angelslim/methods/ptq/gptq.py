@@ -257,7 +257,8 @@ class GPTQ:
         fixed = quant in shared and quant.granularity == PER_TENSOR
         if fixed or not (self.clips or self.signed):
             return round_weight(exact.to(weight.dtype), quant, shared)
-        outer = round_weight(weight, quant, shared).global_scale
+        two_levels = quant.scale == "e4m3"
+        outer = round_weight(weight, quant, shared).global_scale if two_levels else None
         steps = refine.STEPS if self.signed or self.descent else refine.FEWER
         scale, zero = refine.searched(
             exact,

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .base import parallel
 from .base.console import bar, chose
-from .base.errors import DataError, ModelError, UserError
+from .base.errors import DataError, ModelError
 from .base.memory import trim
+from .base.place import open_place
 from .data.multimodal import Sample, multimodal_samples, processor_of
 from .data.text import calibration_batches
 from .export._checkpoint import QuantizedCheckpoint
@@ -74,18 +75,14 @@ class Workplace:
 
     def open(self, fingerprint: str) -> bool:
         """Create the folders, or continue an unfinished run; return whether one was continued."""
-        marker = self.root / "job.json"
-        resumed = marker.exists()
-        if resumed and json.loads(marker.read_text("utf-8"))["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{self.root} holds an unfinished run of another recipe or model.",
-                fix="Finish it with its own command, or delete that folder.",
-            )
-        parallel.wait()
+        resumed = open_place(
+            self.root,
+            fingerprint,
+            "an unfinished run of another recipe or model",
+            fix="Finish it with its own command, or delete that folder.",
+        )
         for folder in (self.units, self.records, self.plain, self.activations, self.result):
             folder.mkdir(parents=True, exist_ok=True)
-        if not resumed and parallel.first():
-            write_atomically(marker, json.dumps({"fingerprint": fingerprint}).encode())
         return resumed
 
 

@@ -9,19 +9,19 @@ from angelslim.base.errors import UserError
 from angelslim.base.place import fingerprint, open_place
 
 
-def opened(place: Path, mark: str, overwrite: bool = False) -> None:
-    open_place(place, mark, "other work", fix="Delete it.", overwrite=overwrite)
+def opened(place: Path, mark: str, overwrite: bool = False) -> bool:
+    return open_place(place, mark, "other work", fix="Delete it.", overwrite=overwrite)
 
 
 def test_the_same_work_finds_its_folder_and_other_work_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "out.partial"
-    opened(place, "one")
+    assert not opened(place, "one")
     (place / "part").touch()
-    opened(place, "one")
+    assert opened(place, "one")
     with pytest.raises(UserError, match="other work"):
         opened(place, "two")
     assert (place / "part").exists()
-    opened(place, "two", overwrite=True)
+    assert not opened(place, "two", overwrite=True)
     assert not (place / "part").exists()
 
 

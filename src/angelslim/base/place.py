@@ -31,24 +31,30 @@ def fingerprint(facts: dict[str, Any], files: Sequence[str | Path], version: str
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def open_place(place: Path, mark: str, holds: str, *, fix: str, overwrite: bool = False) -> None:
-    """Make the folder, or find the one that was begun with this mark; `holds` and `fix` word the refusal of any other."""
-    marker = place / MARKER
+def open_place(place: Path, mark: str, holds: str, *, fix: str, overwrite: bool = False) -> bool:
+    """Make the folder, or find the one that was begun with this mark; return, in every process, whether there was one.
+
+    `holds` and `fix` word the refusal of any other.
+    """
+    found = False
     if parallel.first():
-        if marker.exists():
-            if _mark(marker) != mark:
+        if (place / MARKER).exists():
+            found = is_marked(place, mark)
+            if not found:
                 if not overwrite:
                     raise UserError(f"{place} holds {holds}.", fix=fix)
                 shutil.rmtree(place)
         elif place.exists() and not overwrite and {entry.name for entry in place.iterdir()} - {TEMPORARY}:
             raise UserError(f"{place} is in the way.", fix="Move it, or choose another --out.")
         place.mkdir(parents=True, exist_ok=True)
-        write_atomically(marker, json.dumps({"fingerprint": mark}).encode())
-    parallel.wait()
+        write_atomically(place / MARKER, json.dumps({"fingerprint": mark}).encode())
+    return parallel.total_count(int(found)) > 0  # the others wait here
 
 
-def _mark(marker: Path) -> str | None:
+def is_marked(place: Path, mark: str) -> bool:
+    """Say whether the folder was begun with this mark; a torn marker belongs to nobody."""
     try:
-        return str(json.loads(marker.read_text("utf-8"))["fingerprint"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        found = json.loads((place / MARKER).read_text("utf-8"))["fingerprint"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return bool(found == mark)

@@ -29,11 +29,10 @@ class Histogram:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, bins: int = BINS) -> Histogram:
-        """Bin two tensors of one shape over the range of the first; large ones by a regular sample."""
+        """Bin two tensors of one shape over the range of the first, all of it; large ones are counted by a regular sample."""
         step = max(1, before.numel() // SAMPLE) | 1  # odd, so that no column of a matrix is favoured
+        low, high = (float(end) for end in torch.aminmax(before))
         before, after = before.reshape(-1)[::step], after.reshape(-1)[::step]
-        ranges = [torch.aminmax(part.float()) for part in _parts(before)]
-        low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
         high = high if high > low else low + 1.0
         count = []
         for tensor in (before, after):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from angelslim.base.errors import ConfigError, DataError
+from angelslim.base.errors import ConfigError, DataError, UserError
 from angelslim.config.files import write_yaml
 from angelslim.data.curation import run as runner
 from angelslim.data.curation.results import CurationReport
@@ -262,7 +262,7 @@ def test_another_recipe_or_other_files_do_not_continue_a_run(
     process.start()
     process.join()
     other = write(tmp_path, {**recipe, "seed": 2})
-    with pytest.raises(ConfigError, match="unfinished curation of another recipe"):
+    with pytest.raises(UserError, match="unfinished curation of another recipe"):
         curate(other, tmp_path / "out")
     assert (tmp_path / "out.partial" / "job.json").exists(), "nothing is lost by the refusal"
     curate(other, tmp_path / "out", overwrite=True)

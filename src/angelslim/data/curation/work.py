@@ -25,8 +25,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ...base.errors import ConfigError, DataError
+from ...base.errors import DataError
 from ...base.files import write_atomically
+from ...base.place import is_marked, open_place
 from .ledger import Ledger
 from .results import CurationReport, Sizes, StageResult
 
@@ -43,26 +44,17 @@ class Workplace:
 
     def open(self, fingerprint: str, overwrite: bool) -> bool:
         """Make the folder, or find the same run's; returns whether there is something to continue."""
-        job = self.root / "job.json"
-        if job.exists():
-            if json.loads(job.read_text("utf-8"))["fingerprint"] == fingerprint:
-                return True
-            if not overwrite:
-                raise ConfigError(
-                    f"{self.root} holds an unfinished curation of another recipe or of other files.",
-                    fix="Give it back its recipe, choose another --out, or pass --overwrite.",
-                )
-        elif self.root.exists() and any(self.root.iterdir()) and not (self.root / "job.json.tmp").exists():
-            raise ConfigError(f"{self.root} is in the way.", fix="Move it, or choose another --out.")
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir(parents=True)
-        write_atomically(job, json.dumps({"fingerprint": fingerprint}).encode())
-        return False
+        return open_place(
+            self.root,
+            fingerprint,
+            "an unfinished curation of another recipe or of other files",
+            fix="Give it back its recipe, choose another --out, or pass --overwrite.",
+            overwrite=overwrite,
+        )
 
     def clear(self, mark: str) -> None:
         """Remove what a run left that was killed after its result had got its name."""
-        job = self.root / "job.json"
-        if job.exists() and json.loads(job.read_text("utf-8"))["fingerprint"] == mark:
+        if is_marked(self.root, mark):
             shutil.rmtree(self.root)
 
     def save_reading(

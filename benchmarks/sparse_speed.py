@@ -79,6 +79,10 @@ class Book:
             found["trace"] = traceback.format_exc()[-900:]
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        self.add(found)
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Take in what was measured, however late it is."""
         self.raw.append(found)
         print(
             {key: value for key, value in found.items() if key not in ("trace", "samples", "idle_samples")},

@@ -60,3 +60,20 @@ def test_the_learned_scales_gradient_is_that_of_fixed_codes():
     exact = slope(value, scale) / math.sqrt(OUT * IN * 448)
     assert torch.allclose(own.scale.grad.double(), exact, rtol=1e-3, atol=1e-5)
     assert torch.equal(master_weight(layer).grad, grad * inside)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_first_gradient_does_not_hang_on_a_scales_last_bit(seed):
+    """A tile's largest weight starts on the end of the grid, and beyond it the gradient is another."""
+    grad = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(4))
+    found = []
+    for towards in (0.0, 1.0, None):
+        layer = quantized("fp", {}, seed=seed)
+        own = quantizer_of(layer)
+        if towards is not None:
+            own.scale.data = torch.nextafter(own.scale.data, torch.tensor(towards))
+        layer.weight.backward(grad)
+        assert torch.equal(master_weight(layer).grad, grad), "nothing is clipped"
+        found.append(own.scale.grad)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-3, atol=1e-6)

@@ -1,7 +1,7 @@
 """FP8, MXFP4 and NVFP4 weights: floating-point grids, with learned scales where the format leaves them free.
 
 * ``fp8``: E4M3 codes and a learned float32 scale for each channel (or tensor, or group), with LSQ's gradients (`_learned`)
-  on a grid that is finer near zero. It starts at ``max|w| / 448``.
+  on a grid that is finer near zero. It starts at ``max|w| / 448``, or a millionth above.
 * ``mxfp4``: FP4 codes in groups of 32 under powers of two. ``nvfp4``: FP4 codes in groups of 16 under E4M3 numbers over one
   factor for the tensor. Such scales are small numbers that follow from each group's largest magnitude
   (`numerics.scales`); they are computed anew at every step, and the gradient goes straight through.
@@ -26,6 +26,10 @@ from ._options import choice
 from ._quantizer import COMMON, product_type
 from ._straight import straight_through
 
+# Else a tile's largest weight would lie on the end of the grid to the last bit of a division: beyond it the weight gets no
+# gradient, and the scale ten times the usual one.
+ROOM = 1 + 2.0**-20
+
 
 class Floats(LearnedScale):
     """Options: `format` (fp8, mxfp4, nvfp4); `granularity` and `group_size` of FP8, per channel by default."""
@@ -44,8 +48,8 @@ class Floats(LearnedScale):
         self.granularity = self.quant.granularity
 
     def first_scale(self, tiles: Tensor) -> Tensor:
-        """Return the scales of rounding to nearest."""
-        return tiles.abs().amax(-1, keepdim=True) / half_range(self.quant.format)
+        """Return the scales of rounding to nearest, by a millionth larger."""
+        return tiles.abs().amax(-1, keepdim=True) * (ROOM / half_range(self.quant.format))
 
     def start(self, weight: Tensor) -> None:
         """Set the first scales, where they are learned."""

@@ -38,6 +38,48 @@ def test_wrong_words_are_refused_before_any_work(cli, tiny_folder, tmp_path):
     assert outcome.code == 2 and "one model" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--out", "out"), "--out has no effect without --suite"),
+        (("--export-tasks", "out"), "--export-tasks has no effect without --suite"),
+        (("--lengths", "4k"), "--lengths has no effect without --suite"),  # the default, but asked for
+        (("--limit", 3), "--limit has no effect without --lm-eval"),
+        ((*WORDS, "--speed"), "--speed has no effect on a suite"),
+        ((*WORDS, "--lm-eval", "x"), "--lm-eval has no effect on a suite"),
+        ((*WORDS, "--data", "."), "--data has no effect on the suite ruler"),
+        ((*WORDS, "--export-tasks", "out", "--attn", "stem"), "--attn has no effect on --export-tasks"),
+    ],
+)
+def test_an_option_without_effect_is_refused(cli, tiny_folder, words, said):
+    outcome = cli("eval", tiny_folder, *words)
+    assert outcome.code == 2 and said in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "gpu"), "no device"),
+        (("--attn", "union", "--block", -32), "A block has -32 tokens"),
+        (("--block", 32), "A block is given and no sparse attention"),
+        (("--lengths", 100), "fits into 100 tokens"),
+    ],
+)
+def test_a_refused_suite_leaves_nothing(cli, tiny_folder, tmp_path, words, said):
+    """What was left would refuse the same command when it is given right."""
+    outcome = cli("eval", tiny_folder, *WORDS, "--out", tmp_path / "out", *words)
+    assert outcome.code == 2 and said in " ".join(outcome.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_said_before_any_work(cli, tiny_folder, tmp_path):
+    (tmp_path / "file").touch()
+    for option in ("--out", "--export-tasks"):
+        outcome = cli("eval", tiny_folder, *WORDS, option, tmp_path / "file")
+        assert outcome.code == 2 and "is a file" in " ".join(outcome.err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 KEPT = (*WORDS, "--attn", "dense,uniform", "--density", 0.4, "--block", 32)  # 2 tasks with 2 prompts
 TIMES = ("ttft", "ttft_ms", "selector_ms", "kernel_ms", "times_dense")
 

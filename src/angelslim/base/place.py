@@ -47,6 +47,16 @@ def open_place(place: Path, mark: str, holds: str, *, fix: str, overwrite: bool 
     parallel.wait()
 
 
+def leave(place: Path) -> None:
+    """Take the folder away if nothing was kept in it, so that a command that was refused is in nobody's way."""
+    if (
+        parallel.first()
+        and place.is_dir()
+        and {entry.name for entry in place.iterdir()} <= {MARKER, TEMPORARY}
+    ):
+        shutil.rmtree(place)
+
+
 def _mark(marker: Path) -> str | None:
     try:
         return str(json.loads(marker.read_text("utf-8"))["fingerprint"])

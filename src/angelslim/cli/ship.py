@@ -40,6 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(help="Folders (compressed or not), hub ids or built-in names.", metavar="MODEL..."),
@@ -78,6 +79,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Measure perplexity, tasks, speed and size of models, side by side; with --attn for each kind of attention."""
+    suites.check_options(context)
     if suite:
         words, kinds = _words(tasks), _words(attn)
         chosen = (density, block, device, seed, as_json)
@@ -115,7 +117,7 @@ def _with_attention(
     from ..work import tokenizer_of
 
     folder = resolve(name)
-    wanted = attentions(attn, folder, density)
+    wanted = attentions(attn, folder, density, block)
     model, tokenizer, found = load(folder), tokenizer_of(folder), dict[str, "list[Score]"]()
     for attention in wanted:
         asked = None if attention == "dense" else density

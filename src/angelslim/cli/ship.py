@@ -46,7 +46,10 @@ def evaluate(
         typer.Argument(help="Folders (compressed or not), hub ids or built-in names.", metavar="MODEL..."),
     ],
     text: Annotated[
-        Path | None, typer.Option(help="Text file for perplexity (default: built-in text).")
+        Path | None,
+        typer.Option(
+            help="Text file for perplexity, or for RULER's needles to hide in (default: built-in text)."
+        ),
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="Generated tasks, comma-separated: addition,recall; or tasks of the suite.")

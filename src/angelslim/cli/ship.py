@@ -155,15 +155,16 @@ def _print_scores(found: dict[str, list[Score]], as_json: bool) -> None:
 
 
 def _attention_scores(stats: AttentionStats) -> list[Score]:
-    """What the attention read and how often it was dense, for the foot of the table; decoding always is."""
+    """What the attention read and how often it was dense, and why, for the foot of the table; decoding always is."""
     from ..evaluate.base import Score
 
-    dense = sum(count for reason, count in stats.fallbacks.items() if reason != "decode")
+    reasons = {reason: count for reason, count in sorted(stats.fallbacks.items()) if reason != "decode"}
     read = [] if stats.density is None else [Score("attention density", stats.density, "", "lower")]
     return [
         *read,
         Score("selector", stats.selector_ms, "ms", "lower"),
-        Score("dense calls", dense, "", "lower"),
+        Score("dense calls", sum(reasons.values()), "", "lower"),
+        *(Score(f"dense calls: {reason}", count, "", "lower") for reason, count in reasons.items()),
     ]
 
 

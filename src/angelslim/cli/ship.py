@@ -12,6 +12,7 @@ import typer
 from ..base import console
 from ..base.errors import ConfigError
 from . import suites
+from .suites import words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,25 +85,20 @@ def evaluate(
     """Measure perplexity, tasks, speed and size of models, side by side; with --attn for each kind of attention."""
     suites.check_options(context)
     if suite:
-        words, kinds = _words(tasks), _words(attn)
-        chosen = (density, block, device, seed, as_json)
-        asked = (suite, lengths, words, samples, text, data, out, export_tasks, kinds, *chosen)
-        return suites.run(models, suites.Request(*asked))
+        return suites.run(models, suites.request_of(context.params))
     from ..evaluate.harness import run_harness
     from ..evaluate.suite import evaluate as run_suite
 
     def measure(model: Any, tokenizer: Any) -> list[Score]:
         scores = run_suite(
-            model, tokenizer, text=text, tasks=_words(tasks), samples=samples, speed=speed, seed=seed
+            model, tokenizer, text=text, tasks=words(tasks), samples=samples, speed=speed, seed=seed
         )
         if lm_eval:
-            scores += run_harness(model, tokenizer, _words(lm_eval), include_path=include_path, limit=limit)
+            scores += run_harness(model, tokenizer, words(lm_eval), include_path=include_path, limit=limit)
         return scores
 
-    found: dict[str, list[Score]] = {}
-    for name in models:
-        found |= _with_attention(name, _words(attn), density, block, measure)
-    _print_scores(found, as_json)
+    found = [_with_attention(name, words(attn), density, block, measure) for name in models]
+    _print_scores({label: scores for each in found for label, scores in each.items()}, as_json)
 
 
 def _with_attention(
@@ -166,10 +162,6 @@ def _attention_scores(stats: AttentionStats) -> list[Score]:
         Score("dense calls", sum(reasons.values()), "", "lower"),
         *(Score(f"dense calls: {reason}", count, "", "lower") for reason, count in reasons.items()),
     ]
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +82,18 @@ def check_options(context: typer.Context) -> None:
             if name in names:
                 option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{option} {why}.", fix="Leave it out.")
+
+
+def words(text: str) -> list[str]:
+    """Read a list that commas part."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def request_of(params: dict[str, Any]) -> Request:
+    """Return what the options of ``eval`` say, by their names there."""
+    given = {**params, "tasks": words(params["tasks"]), "attn": words(params["attn"])}
+    given["export"] = given["export_tasks"]
+    return Request(**{each.name: given[each.name] for each in fields(Request)})
 
 
 def run(models: Sequence[str], request: Request) -> None:

@@ -9,9 +9,14 @@ import signal
 
 import pytest
 
+from angelslim.cli.suites import words
 from angelslim.evaluate.suites.kept import Kept
 
 WORDS = ("--suite", "ruler", "--samples", 2, "--tasks", "niah_single_1,fwe", "--lengths", 1000)
+
+
+def test_a_word_that_is_named_twice_stands_once():
+    assert words("vt, fwe,vt,") == ["vt", "fwe"]
 
 
 def test_a_suite_compares_attentions(cli, tiny_folder, tmp_path):

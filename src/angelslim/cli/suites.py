@@ -85,8 +85,8 @@ def check_options(context: typer.Context) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Read a list that commas part."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Read a list that commas part; a word that is named twice stands once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def request_of(params: dict[str, Any]) -> Request:

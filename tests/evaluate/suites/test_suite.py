@@ -15,6 +15,7 @@ from angelslim.evaluate.suites.suite import Suite, lengths, run_suite, samples_o
 
 def test_lengths_are_tokens_or_thousands() -> None:
     assert lengths("4k, 512,1K") == (4096, 512, 1024)
+    assert lengths("1k,1024") == (1024,)
     for wrong in ("4m", "-1", "0"):
         with pytest.raises(ConfigError, match="no length"):
             lengths(wrong)

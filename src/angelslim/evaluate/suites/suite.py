@@ -62,14 +62,14 @@ class Suite:
 
 
 def lengths(words: str) -> tuple[int, ...]:
-    """Read lengths in tokens: ``4k,8k`` is 4096 and 8192."""
+    """Read lengths in tokens: ``4k,8k`` is 4096 and 8192; one that is named twice is measured once."""
     found = []
     for word in filter(None, (part.strip().lower() for part in words.split(","))):
         match = re.fullmatch(r"(\d+)(k?)", word)
         if match is None or int(match[1]) == 0:
             raise ConfigError(f"{word!r} is no length in tokens.", fix="Write 4096 or 4k.")
         found.append(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def samples_of(suite: Suite, tokenizer: Any, length: int) -> list[tuple[Task, list[Sample]]]:

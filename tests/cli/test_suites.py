@@ -77,6 +77,13 @@ def test_a_refused_suite_leaves_nothing(cli, tiny_folder, tmp_path, words, said)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_length_that_is_too_short_leaves_no_tasks(cli, tiny_folder, tmp_path):
+    words = ("--lengths", "1000,100", "--export-tasks", tmp_path / "tasks")
+    outcome = cli("eval", tiny_folder, *WORDS, *words)
+    assert outcome.code == 2 and "fits into 100 tokens" in " ".join(outcome.err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_the_way_is_said_before_any_work(cli, tiny_folder, tmp_path):
     (tmp_path / "file").touch()
     for option in ("--out", "--export-tasks"):

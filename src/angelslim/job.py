@@ -337,9 +337,11 @@ def device_of(wanted: str | None) -> torch.device:
         try:
             device = torch.device(wanted)
         except RuntimeError as error:
-            raise ConfigError(f"global.device {wanted!r} is no device.", fix="Use cpu or cuda.") from error
+            raise ConfigError(f"{wanted!r} is no device.", fix="Use cpu or cuda.") from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ResourceError("global.device asks for CUDA, and no GPU is visible.", fix="Use device cpu.")
+            raise ResourceError(
+                f"Device {wanted} is asked for, and no GPU is visible.", fix="Use device cpu."
+            )
         each_its_own = device == torch.device("cuda") and parallel.world() > 1
         return torch.device("cuda", parallel.local_rank()) if each_its_own else device
     if torch.cuda.is_available():

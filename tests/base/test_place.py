@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from angelslim.base.errors import UserError
-from angelslim.base.place import fingerprint, open_place
+from angelslim.base.place import fingerprint, leave, open_place
 
 
 def opened(place: Path, mark: str, overwrite: bool = False) -> bool:
@@ -55,3 +55,14 @@ def test_the_fingerprint_follows_facts_files_and_version(tmp_path: Path) -> None
     file.write_text("a")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert first != fingerprint({"seed": 0}, [file], "1")
+
+
+def test_a_folder_in_which_nothing_was_kept_goes(tmp_path: Path) -> None:
+    place = tmp_path / "out.partial"
+    opened(place, "one")
+    (place / "part").touch()
+    leave(place)
+    assert (place / "part").exists()
+    (place / "part").unlink()
+    leave(place)
+    assert not place.exists()

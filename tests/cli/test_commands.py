@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from angelslim.cli import ship
 from angelslim.models.checkpoint import Checkpoint
 from tiny import fingerprints
 
@@ -155,3 +157,15 @@ def test_eval_side_by_side(cli, tiny_folder, compressed, tmp_path):
 def test_flags_before_the_command(flag, cli, tiny_folder):
     assert cli(flag, "plan", "fp8_dynamic", tiny_folder).code == 0
     cli("plan", "fp8_dynamic", tiny_folder)  # back to the usual level for other tests
+
+
+def test_dense_calls_come_with_their_reasons_but_for_decoding():
+    reasons = {"decode": 90, "sliding window": 15, "attention with softcap": 3}
+    stats = SimpleNamespace(density=0.3, selector_ms=4.0, fallbacks=reasons)
+    assert [(score.metric, score.value) for score in ship._attention_scores(stats)] == [
+        ("attention density", 0.3),
+        ("selector", 4.0),
+        ("dense calls", 18),
+        ("dense calls: attention with softcap", 3),
+        ("dense calls: sliding window", 15),
+    ]

@@ -9,9 +9,14 @@ import signal
 
 import pytest
 
+from angelslim.cli.suites import words
 from angelslim.evaluate.suites.kept import Kept
 
 WORDS = ("--suite", "ruler", "--samples", 2, "--tasks", "niah_single_1,fwe", "--lengths", 1000)
+
+
+def test_a_word_that_is_named_twice_stands_once():
+    assert words("vt, fwe,vt,") == ["vt", "fwe"]
 
 
 def test_a_suite_compares_attentions(cli, tiny_folder, tmp_path):
@@ -36,6 +41,55 @@ def test_wrong_words_are_refused_before_any_work(cli, tiny_folder, tmp_path):
     assert "--data" in cli("eval", tiny_folder, "--suite", "longbench").err
     outcome = cli("eval", tiny_folder, tiny_folder, *WORDS, "--out", tmp_path / "out")
     assert outcome.code == 2 and "one model" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--out", "out"), "--out has no effect without --suite"),
+        (("--export-tasks", "out"), "--export-tasks has no effect without --suite"),
+        (("--lengths", "4k"), "--lengths has no effect without --suite"),  # the default, but asked for
+        (("--limit", 3), "--limit has no effect without --lm-eval"),
+        ((*WORDS, "--speed"), "--speed has no effect on a suite"),
+        ((*WORDS, "--lm-eval", "x"), "--lm-eval has no effect on a suite"),
+        ((*WORDS, "--data", "."), "--data has no effect on the suite ruler"),
+        ((*WORDS, "--export-tasks", "out", "--attn", "stem"), "--attn has no effect on --export-tasks"),
+    ],
+)
+def test_an_option_without_effect_is_refused(cli, tiny_folder, words, said):
+    outcome = cli("eval", tiny_folder, *words)
+    assert outcome.code == 2 and said in " ".join(outcome.err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "gpu"), "no device"),
+        (("--attn", "union", "--block", -32), "A block has -32 tokens"),
+        (("--block", 32), "A block is given and no sparse attention"),
+        (("--lengths", 100), "fits into 100 tokens"),
+    ],
+)
+def test_a_refused_suite_leaves_nothing(cli, tiny_folder, tmp_path, words, said):
+    """What was left would refuse the same command when it is given right."""
+    outcome = cli("eval", tiny_folder, *WORDS, "--out", tmp_path / "out", *words)
+    assert outcome.code == 2 and said in " ".join(outcome.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_length_that_is_too_short_leaves_no_tasks(cli, tiny_folder, tmp_path):
+    words = ("--lengths", "1000,100", "--export-tasks", tmp_path / "tasks")
+    outcome = cli("eval", tiny_folder, *WORDS, *words)
+    assert outcome.code == 2 and "fits into 100 tokens" in " ".join(outcome.err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_said_before_any_work(cli, tiny_folder, tmp_path):
+    (tmp_path / "file").touch()
+    for option in ("--out", "--export-tasks"):
+        outcome = cli("eval", tiny_folder, *WORDS, option, tmp_path / "file")
+        assert outcome.code == 2 and "is a file" in " ".join(outcome.err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 KEPT = (*WORDS, "--attn", "dense,uniform", "--density", 0.4, "--block", 32)  # 2 tasks with 2 prompts

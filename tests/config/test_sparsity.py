@@ -63,6 +63,14 @@ def test_numbers_and_ranges(places: str | None, expected: tuple[int, ...] | None
     assert numbers(places, 8, "layer") == expected
 
 
+def test_a_density_that_is_given_twice_is_refused() -> None:
+    """A recipe's own density would win over the options, and nobody would know."""
+    found, _ = section(name="union", density=0.1, options={"density": 0.2})
+    with pytest.raises(ConfigError, match=r"given twice: density 0.1, options.density 0.2"):
+        rules_of(found)
+    assert rules_of(section(name="union", options={"density": 0.2})[0])[0].options == {"density": 0.2}
+
+
 @pytest.mark.parametrize(
     ("places", "words"),
     [("9", "model has 8, from 0 to 7"), ("4-2", "model has 8"), ("a", "layer 'a'"), ("-3", "layer '-3'")],
@@ -80,7 +88,7 @@ def test_wrong_places(places: str, words: str) -> None:
         ({"name": "stem", "density": [0.1, [0.2, 7]]}, "a density is a share"),
         ({"name": "stemm"}, "Did you mean 'stem'"),
         ({"name": "stem", "rules": [{"name": "a_shap"}]}, "Did you mean 'a_shape'"),
-        ({"name": "stem", "crossover": "soon"}, "crossover"),
+        ({"name": "stem", "crossover": "soon"}, "crossover is 'soon': a whole number is needed, or auto"),
         ({"name": "stem", "attn_kwargs": {"stirde": 8}}, "stride"),
         ({"name": "stem", "measure": {"length": [4]}}, "lengths"),
     ],

@@ -47,6 +47,16 @@ def test_files_and_data_urls_give_the_same_image(tmp_path):
     assert one.size == (20, 12) and one.tobytes() == other.tobytes()
 
 
+def test_signs_inside_a_text_end_no_line(tmp_path):
+    """Python's splitlines takes U+2028 for the end of a line, and JSON may hold it as it is."""
+    (tmp_path / "red.png").write_bytes(png())
+    rows = [record({"type": "image", "image": "red.png"}, text) for text in ("one\u2028two", "three")]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    texts = [turns[0]["content"][1]["text"] for turns in read_conversations(file)]
+    assert texts == ["one\u2028two", "three"]
+
+
 def test_sound_comes_at_the_rate_that_processors_ask_for(tmp_path):
     time = np.arange(8000) / 8000
     (tmp_path / "tone.wav").write_bytes(wav(8000, 0.5 * np.sin(2 * np.pi * 100 * time)))

@@ -12,6 +12,7 @@ import torch
 
 import angelslim
 from angelslim.base.errors import ModelError, UserError
+from angelslim.base.place import open_place
 from angelslim.config.recipe import load
 from angelslim.engine import carry_out, prepare_any
 from angelslim.methods.sparse._patterns import read_patterns
@@ -67,6 +68,15 @@ def test_what_a_run_leaves(done: tuple[PrefillRecord, Path]) -> None:
     assert all(0.4 < mass <= 1 for mass in record.heads[1].mass) and min(record.heads[1].error) > 0
     assert record.before[0].metric == "perplexity" and record.after[0].value != record.before[0].value
     assert record.crossover in (64, 256, 512) and record.versions["torch"] == torch.__version__
+
+
+def test_the_unfinished_work_of_others_is_left_alone(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "out.partial" / "1024-vt.json"
+    open_place(kept.parent, "a suite", "other work", fix="Delete it.")
+    kept.write_text("answers")
+    with pytest.raises(UserError, match="unfinished work of another command"):
+        run(model, tmp_path / "out", name="union")
+    assert kept.read_text() == "answers"
 
 
 def test_the_settings_are_used_again(done: tuple[PrefillRecord, Path], model: Path) -> None:

@@ -51,6 +51,16 @@ def open_place(place: Path, mark: str, holds: str, *, fix: str, overwrite: bool 
     return parallel.total_count(int(found)) > 0  # the others wait here
 
 
+def leave(place: Path) -> None:
+    """Take the folder away if nothing was kept in it, so that a command that was refused is in nobody's way."""
+    if (
+        parallel.first()
+        and place.is_dir()
+        and {entry.name for entry in place.iterdir()} <= {MARKER, TEMPORARY}
+    ):
+        shutil.rmtree(place)
+
+
 def is_marked(place: Path, mark: str) -> bool:
     """Say whether the folder was begun with this mark; a torn marker belongs to nobody."""
     try:

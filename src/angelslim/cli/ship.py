@@ -12,6 +12,7 @@ import typer
 from ..base import console
 from ..base.errors import ConfigError
 from . import suites
+from .suites import words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,12 +41,16 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(help="Folders (compressed or not), hub ids or built-in names.", metavar="MODEL..."),
     ],
     text: Annotated[
-        Path | None, typer.Option(help="Text file for perplexity (default: built-in text).")
+        Path | None,
+        typer.Option(
+            help="Text file for perplexity, or for RULER's needles to hide in (default: built-in text)."
+        ),
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="Generated tasks, comma-separated: addition,recall; or tasks of the suite.")
@@ -78,26 +83,22 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Measure perplexity, tasks, speed and size of models, side by side; with --attn for each kind of attention."""
+    suites.check_options(context)
     if suite:
-        words, kinds = _words(tasks), _words(attn)
-        chosen = (density, block, device, seed, as_json)
-        asked = (suite, lengths, words, samples, text, data, out, export_tasks, kinds, *chosen)
-        return suites.run(models, suites.Request(*asked))
+        return suites.run(models, suites.request_of(context.params))
     from ..evaluate.harness import run_harness
     from ..evaluate.suite import evaluate as run_suite
 
     def measure(model: Any, tokenizer: Any) -> list[Score]:
         scores = run_suite(
-            model, tokenizer, text=text, tasks=_words(tasks), samples=samples, speed=speed, seed=seed
+            model, tokenizer, text=text, tasks=words(tasks), samples=samples, speed=speed, seed=seed
         )
         if lm_eval:
-            scores += run_harness(model, tokenizer, _words(lm_eval), include_path=include_path, limit=limit)
+            scores += run_harness(model, tokenizer, words(lm_eval), include_path=include_path, limit=limit)
         return scores
 
-    found: dict[str, list[Score]] = {}
-    for name in models:
-        found |= _with_attention(name, _words(attn), density, block, measure)
-    _print_scores(found, as_json)
+    found = [_with_attention(name, words(attn), density, block, measure) for name in models]
+    _print_scores({label: scores for each in found for label, scores in each.items()}, as_json)
 
 
 def _with_attention(
@@ -115,7 +116,7 @@ def _with_attention(
     from ..work import tokenizer_of
 
     folder = resolve(name)
-    wanted = attentions(attn, folder, density)
+    wanted = attentions(attn, folder, density, block)
     model, tokenizer, found = load(folder), tokenizer_of(folder), dict[str, "list[Score]"]()
     for attention in wanted:
         asked = None if attention == "dense" else density
@@ -150,20 +151,17 @@ def _print_scores(found: dict[str, list[Score]], as_json: bool) -> None:
 
 
 def _attention_scores(stats: AttentionStats) -> list[Score]:
-    """What the attention read and how often it was dense, for the foot of the table; decoding always is."""
+    """What the attention read and how often it was dense, and why, for the foot of the table; decoding always is."""
     from ..evaluate.base import Score
 
-    dense = sum(count for reason, count in stats.fallbacks.items() if reason != "decode")
+    reasons = {reason: count for reason, count in sorted(stats.fallbacks.items()) if reason != "decode"}
     read = [] if stats.density is None else [Score("attention density", stats.density, "", "lower")]
     return [
         *read,
         Score("selector", stats.selector_ms, "ms", "lower"),
-        Score("dense calls", dense, "", "lower"),
+        Score("dense calls", sum(reasons.values()), "", "lower"),
+        *(Score(f"dense calls: {reason}", count, "", "lower") for reason, count in reasons.items()),
     ]
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def export(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base import console
-from ..base.errors import ConfigError
+from ..base.errors import ConfigError, UserError
 from ..base.files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ Out = Annotated[
 ]
 Export = Annotated[Path | None, typer.Option(help="Only write the suite as lm-eval tasks into this folder.")]
 Device = Annotated[str, typer.Option(help="Where the suite runs: cpu or cuda.")]
+ONLY_HERE = ("lengths", "data", "out", "export_tasks", "device")
+NOT_HERE = ("speed", "lm_eval", "include_path", "limit")
+NOT_EXPORTED = ("attn", "density", "block", "out", "device", "as_json")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,44 @@ class Request:
     as_json: bool
 
 
+def check_options(context: typer.Context) -> None:
+    """Refuse options of ``eval`` that would have no effect: whoever gives one expects something of it."""
+    params = context.params
+    given = [
+        name for name in params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    suite = params["suite"]
+    idle: dict[str, tuple[str, ...]] = {}
+    if not suite:
+        idle["has no effect without --suite"] = ONLY_HERE
+        if not params["lm_eval"]:
+            idle["has no effect without --lm-eval"] = ("include_path", "limit")
+    else:
+        idle["has no effect on a suite"] = NOT_HERE
+        idle[f"has no effect on the suite {suite}"] = {"ruler": ("data",), "longbench": ("text",)}.get(
+            suite, ()
+        )
+        if params["export_tasks"]:
+            idle["has no effect on --export-tasks, which measures nothing"] = NOT_EXPORTED
+    for why, names in idle.items():
+        for name in given:
+            if name in names:
+                option = "--json" if name == "as_json" else f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{option} {why}.", fix="Leave it out.")
+
+
+def words(text: str) -> list[str]:
+    """Read a list that commas part; a word that is named twice stands once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def request_of(params: dict[str, Any]) -> Request:
+    """Return what the options of ``eval`` say, by their names there."""
+    given = {**params, "tasks": words(params["tasks"]), "attn": words(params["attn"])}
+    given["export"] = given["export_tasks"]
+    return Request(**{each.name: given[each.name] for each in fields(Request)})
+
+
 def run(models: Sequence[str], request: Request) -> None:
     """Measure the models one after another, or only write the tasks for lm-eval."""
     from ..evaluate.suites.harness_tasks import export
@@ -64,6 +105,9 @@ def run(models: Sequence[str], request: Request) -> None:
 
     if len(models) > 1 and (request.out or request.export):
         raise ConfigError("--out and --export-tasks take one model.", fix="Run the command for each.")
+    for target in (request.out, request.export):
+        if target is not None and target.exists() and not target.is_dir():
+            raise UserError(f"{target} is a file; a folder is written.", fix="Choose another name.")
     suite = Suite(
         request.suite,
         lengths(request.lengths),
@@ -82,25 +126,32 @@ def run(models: Sequence[str], request: Request) -> None:
 
 
 def _measure(name: str, suite: Suite, request: Request) -> None:
+    from ..base.place import leave
     from ..evaluate.suites.kept import Kept
     from ..evaluate.suites.suite import run_suite
+    from ..job import device_of
     from ..methods.sparse.using import attention_context, attentions
     from ..models.loading import resolve
     from ..reopen import load
     from ..report.suite import suite_tables
     from ..work import tokenizer_of
 
-    folder = resolve(name)
-    wanted = attentions(list(request.attn), folder, request.density)
+    folder, device = resolve(name), device_of(request.device)
+    wanted = attentions(list(request.attn), folder, request.density, request.block)
     place = None if request.out is None else _open(request.out, folder, suite, wanted, request)
-    model = load(folder, device=request.device)
 
     def attend(attention: str) -> AbstractContextManager[AttentionFigures]:
         density = None if attention == "dense" else request.density
         return attention_context(model, attention, density, block=request.block)
 
-    kept = None if place is None else Kept(place)
-    found = run_suite(model, tokenizer_of(folder), suite, wanted, attend, kept)
+    try:
+        model = load(folder, device=device)
+        kept = None if place is None else Kept(place)
+        found = run_suite(model, tokenizer_of(folder), suite, wanted, attend, kept)
+    except UserError:
+        if place is not None:
+            leave(place)
+        raise
     found = {"model": name, "density": request.density, "block": request.block, **found}
     if request.out is not None and place is not None:
         _write(found, request.out, place)

@@ -86,7 +86,9 @@ def value_problems(error: ValidationError, raw: object) -> dict[str, str]:
         dotted = ".".join(_trace(item["loc"], raw))
         given = item["input"]
         shown = "" if item["type"] == "missing" or isinstance(given, Mapping | list) else f" is {given!r}"
-        problems.setdefault(dotted, f"{dotted}{shown}: {_words(item)}")
+        text = f"{dotted}{shown}: {_words(item)}"
+        if problems.setdefault(dotted, text) != text and item["type"] == "literal_error":
+            problems[dotted] += f", or {' or '.join(_literals(item))}"  # a value or one of some words
     return {
         key: text
         for key, text in problems.items()
@@ -114,8 +116,14 @@ def _words(item: Any) -> str:
     if kind == "missing":
         return "it is missing"
     if kind == "literal_error":
-        options = re.findall(r"'([^']*)'", context["expected"])
-        return "not one of the known words. " + did_you_mean(str(item["input"]), filter(None, options))
+        return "not one of the known words. " + did_you_mean(
+            str(item["input"]), filter(None, _literals(item))
+        )
     if needed := _NEEDED.get(kind.partition("_")[0]):
         return str(needed)
     return str(item["msg"]).replace("Input should", "it must")
+
+
+def _literals(item: Any) -> list[str]:
+    """The words that a literal may be."""
+    return re.findall(r"'([^']*)'", item["ctx"]["expected"])

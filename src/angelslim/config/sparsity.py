@@ -236,4 +236,11 @@ def _options(part: Sparsity | LayerRule) -> dict[str, Any]:
     given = part.attn_kwargs.given()
     found = {names[key]: value for key, value in given.items() if key in names}
     found |= part.options
-    return found if part.density is None else {**found, "density": part.density}
+    if part.density is None:
+        return found
+    if found.setdefault("density", part.density) != part.density:
+        raise ConfigError(
+            f"The density of {part.name} is given twice: density {part.density}, options.density {found['density']}.",
+            fix="Keep the key density.",
+        )
+    return found

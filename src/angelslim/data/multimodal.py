@@ -133,7 +133,7 @@ def read_conversations(path: Path) -> Iterator[list[dict[str, Any]]]:
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
-            else map(json.loads, filter(str.strip, text.splitlines()))
+            else map(json.loads, filter(str.strip, text.split("\n")))
         )
         for number, row in enumerate(rows, 1):
             yield conversation(row, path.parent, f"{path}, record {number}")

@@ -21,6 +21,7 @@ import torch
 from ..base.console import chose, log
 from ..base.errors import ModelError, UserError
 from ..base.memory import peak_resident
+from ..base.place import MARKER
 from ..config.files import write_yaml
 from ..evaluate.base import Score
 from ..evaluate.perplexity import perplexity, read_text
@@ -49,6 +50,11 @@ def run(job: PrefillJob, out: Path, *, command: str = "", overwrite: bool = Fals
     if finished is not None:
         return finished
     partial = out.with_name(out.name + ".partial")
+    if (partial / MARKER).exists() and not overwrite:  # ours have none: they are never gone on with
+        raise UserError(
+            f"{partial} holds the unfinished work of another command.",
+            fix="Finish it with its own command, choose another --out, or pass --overwrite.",
+        )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -48,6 +48,37 @@ def test_what_is_missing_or_broken_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("task", "content", "said"),
+    [
+        ("qasper", "", "no sample"),
+        ("qasper", "\n \n", "no sample"),
+        ("qasper", '["a"]', "Line 1"),
+        ("qasper", '{"input": "a", "context": "b", "answers": "yes"}', "answers is no list"),
+        ("passage_count", '{"input": "a", "context": "b", "answers": [3]}', "answers is no list"),
+        ("trec", '{"input": "a", "context": "b", "answers": ["c"]}', "all_classes is empty"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(task: str, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / f"{task}.jsonl").write_text(content)
+    with pytest.raises(DataError, match=said):
+        longbench.read(tmp_path, task)
+
+
+def test_a_file_that_is_not_utf_8_is_said(tmp_path: Path) -> None:
+    (tmp_path / "qasper.jsonl").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match="UTF-8"):
+        longbench.read(tmp_path, "qasper")
+
+
+def test_signs_inside_a_text_end_no_line(tmp_path: Path) -> None:
+    """Web pages hold signs that Python's splitlines takes for ends of lines, and the files hold them as they are."""
+    row = {"input": "Who?", "context": "one\u2028two\x85three\x0c", "answers": ["I"], "all_classes": None}
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    (sample,) = longbench.read(tmp_path, "qasper")
+    assert "one\u2028two\x85three" in sample.prompt
+
+
+@pytest.mark.parametrize(
     ("task", "reply", "answers", "value"),
     [
         ("hotpotqa", "The I", ("you", "i"), 1.0),

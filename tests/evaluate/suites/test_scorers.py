@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 
 from angelslim.base.errors import MissingExtra
-from angelslim.evaluate.suites import scorers
+from angelslim.evaluate.suites import longbench, scorers
 from angelslim.evaluate.suites.base import Sample
 
 
@@ -75,3 +75,12 @@ def test_chinese_words_lose_their_signs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(scorers, "cut", list)  # every sign a word
     assert scorers.qa_f1_zh("你好。", "你好") == 1
     assert scorers.rouge_l_zh("你好", "你好") == pytest.approx(1)
+
+
+def test_chinese_is_cut_into_words(capfd: pytest.CaptureFixture[str]) -> None:
+    """Five words in the reply, three in the answer, three in common; the package that cuts says nothing."""
+    reply, answer = "一共有九十艘船。", "九十艘船"
+    assert scorers.cut(answer) == ["九十", "艘", "船"]
+    assert scorers.qa_f1_zh(reply, answer) == pytest.approx(0.75)
+    assert longbench.score("dureader", "一共有九十艘船", Sample("", (answer,))) == pytest.approx(0.75)
+    assert capfd.readouterr().err == ""

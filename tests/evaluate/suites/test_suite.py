@@ -15,6 +15,7 @@ from angelslim.evaluate.suites.suite import Suite, lengths, run_suite, samples_o
 
 def test_lengths_are_tokens_or_thousands() -> None:
     assert lengths("4k, 512,1K") == (4096, 512, 1024)
+    assert lengths("1k,1024") == (1024,)
     for wrong in ("4m", "-1", "0"):
         with pytest.raises(ConfigError, match="no length"):
             lengths(wrong)
@@ -61,6 +62,20 @@ def test_longbench_is_measured_from_its_files(model: Any, tokenizer: Any, tmp_pa
         ("hotpotqa", "multi-document QA"),
         ("lcc", "code"),
     ]
+    assert [row["family"] for row in found["families"]] == ["multi-document QA", "code", "mean over families"]
     assert found["averages"][0]["density"] is None and len(found["rows"][0]["scores"]) == 1
     for task, samples in samples_of(suite, tokenizer, 400):
         assert len(tokens_of(tokenizer, samples[0], task.chat)) + task.new_tokens in (399, 400)
+
+
+def test_prompts_beyond_the_last_position_are_said(
+    model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"input": "Who?", "context": "word", "answers": ["I"], "all_classes": None}
+    (tmp_path / "lcc.jsonl").write_text(json.dumps(row) + "\n")
+    figures = SimpleNamespace(density=None, fallbacks={}, selector_ms=0.0, kernel_ms=0.0)
+    positions = model.config.max_position_embeddings
+    for length in (positions, positions + 1):
+        suite = Suite("longbench", (length,), data=tmp_path)
+        run_suite(model, tokenizer, suite, ["dense"], lambda _: nullcontext(figures))
+        assert ("has positions for" in caplog.text) == (length > positions)

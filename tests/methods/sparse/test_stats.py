@@ -22,7 +22,8 @@ def test_a_clock_adds_up_and_can_be_off() -> None:
 
 def test_totals() -> None:
     first, second = LayerStats(calls=2), LayerStats()
-    first.densities = [torch.tensor([[0.2, 0.4]]), torch.tensor([[0.5]])]
+    for share in (torch.tensor([[0.2, 0.4]]), torch.tensor([[0.5]])):
+        first.read(share, 10, 10)
     first.fallbacks.update(["decode", "decode"])
     second.fallbacks.update(["decode", "set dense"])
     first.kernels.update(["flex", "flex"])
@@ -33,3 +34,12 @@ def test_totals() -> None:
     assert whole["calls"] == 2 and whole["fallbacks"] == {"decode": 3, "set dense": 1}
     assert abs(whole["density"] - 0.4) < 1e-6
     assert total({})["density"] is None
+
+
+def test_the_chunks_of_a_prompt_count_by_their_pairs() -> None:
+    """Of 10 tokens in two chunks the first has 15 pairs and the second 40; 15 + 10 of 55 are read."""
+    stats = LayerStats()
+    stats.read(torch.ones(1, 2), 5, 5)
+    stats.read(torch.full((1, 2), 0.25), 5, 10)
+    density = stats.density()
+    assert density is not None and abs(density - 25 / 55) < 1e-6

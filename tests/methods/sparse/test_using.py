@@ -10,7 +10,7 @@ import torch
 from angelslim.base.errors import ConfigError
 from angelslim.methods.sparse.metadata import HeadRule, Metadata, fingerprint
 from angelslim.methods.sparse.selectors.base import SELECTORS
-from angelslim.methods.sparse.using import attention_context, sparse_attention
+from angelslim.methods.sparse.using import attention_context, attentions, sparse_attention
 from families import random_model
 
 PROMPT = torch.randint(3, 80, (1, 128), generator=torch.Generator().manual_seed(1))
@@ -76,3 +76,15 @@ def test_wrong_words() -> None:
             pass
     with pytest.raises(ConfigError, match="no option"):
         sparse_attention(model, "stem", options={"sink": 3})
+
+
+def test_what_a_measurement_compares(tmp_path: Path) -> None:
+    assert attentions([], tmp_path) == ["dense"]
+    assert attentions(["dense", "stem", "dense"], tmp_path, 0.3, 64) == ["dense", "stem"]
+    for given in ({"density": 0.3}, {"block": 64}):
+        with pytest.raises(ConfigError, match=f"A {next(iter(given))} is given and no sparse attention"):
+            attentions([], tmp_path, **given)
+    with pytest.raises(ConfigError, match="A block has 0 tokens"):
+        attentions(["stem"], tmp_path, block=0)
+    Metadata((HeadRule("uniform"),)).write(tmp_path)
+    assert attentions([], tmp_path, 0.3, 64) == [str(tmp_path)], "the folder's own, at another density"

@@ -31,10 +31,11 @@ FUNCTION = "process_results: !function utils.process_results\n"
 
 def export(suite: Suite, tokenizer: Any, folder: Path) -> list[str]:
     """Write the tasks of a suite into `folder` and return their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    prepared = [(length, samples_of(suite, tokenizer, length)) for length in suite.lengths]
+    folder.mkdir(parents=True, exist_ok=True)  # a length that is too short has been refused by now
     names = []
-    for length in suite.lengths:
-        for task, found in samples_of(suite, tokenizer, length):
+    for length, tasks in prepared:
+        for task, found in tasks:
             name = f"angelslim_{suite.name}_{task.name}_{length}"
             metric = "small" if task.score is small_language.exact else task.name
             data = (folder / f"{name}.jsonl").resolve()

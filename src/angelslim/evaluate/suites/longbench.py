@@ -29,6 +29,7 @@ FAMILIES = {
 TASKS = tuple(task for family in FAMILIES.values() for task in family)
 PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # without a chat format
 FIRST_LINE = ("trec", "triviaqa", "samsum", "lsht")  # of the reply is all that counts
+CLASSES = ("trec", "lsht")  # named by the reply, one of a sample's list
 CHINESE = {  # scored by words, which Chinese does not part
     "multifieldqa_zh": scorers.qa_f1_zh,
     "dureader": scorers.rouge_l_zh,
@@ -84,24 +85,44 @@ def _file(folder: Path, task: str) -> Path | None:
 
 
 def read(folder: Path, task: str, count: int | None = None) -> list[Sample]:
-    """Return the first `count` samples of a task, or all."""
+    """Return the first `count` samples of a task, or all; there is at least one."""
     path, found = _file(folder, task), list[Sample]()
-    prompt = re.split(r"\{(context|input)\}", published()[task]["prompt"])
     assert path is not None
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text("utf-8").split("\n")  # texts may hold other signs that end a line
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"The file is not UTF-8 ({error}).", where=str(path), fix="Put the benchmark's own file there."
+        ) from error
+    for number, line in enumerate(lines, 1):
         if not line.strip() or (count is not None and len(found) == count):
             continue
         try:
-            row = json.loads(line)
-            filled = "".join(row[part] if index % 2 else part for index, part in enumerate(prompt))
-            found.append(Sample(filled, tuple(row["answers"]), classes=tuple(row.get("all_classes") or ())))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            found.append(_sample(task, json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"Line {number} is no sample of LongBench: {error!r}.",
                 where=str(path),
                 fix="Each line has input, context, answers and all_classes.",
             ) from error
+    if not found:
+        raise DataError(
+            "The file holds no sample.", where=str(path), fix="Put the benchmark's own file there."
+        )
     return found
+
+
+def _sample(task: str, row: Any) -> Sample:
+    """Return a line of a file as a sample."""
+    parts = re.split(r"\{(context|input)\}", published()[task]["prompt"])
+    filled = "".join(row[part] if index % 2 else part for index, part in enumerate(parts))
+    answers, classes = row["answers"], row.get("all_classes") or []
+    for name, words in (("answers", answers), ("all_classes", classes)):
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise TypeError(f"{name} is no list of texts")
+    if task in CLASSES and not classes:
+        raise ValueError("all_classes is empty")
+    return Sample(filled, tuple(answers), classes=tuple(classes))
 
 
 def score(task: str, reply: str, sample: Sample) -> float:
@@ -109,7 +130,7 @@ def score(task: str, reply: str, sample: Sample) -> float:
     if task in FIRST_LINE:
         reply = reply.lstrip("\n").split("\n")[0]
     metric = METRICS.get(task, scorers.qa_f1)
-    if task in ("trec", "lsht"):
+    if task in CLASSES:
         metric = partial(scorers.classification, classes=sample.classes)
     return max((metric(reply, _target(task, answer)) for answer in sample.answers), default=0.0)
 

@@ -23,10 +23,7 @@ import torch
 from ...base import console
 from ..inference import device_of, inference, last_logits, read_so_far, stop_tokens
 from .base import Sample, Task, tokens_of
-
-RESAMPLES = 2000  # of the bootstrap
-DENSE = "dense"
-WARM_UP = 1  # prompts of each task whose time does not count, while kernels are compiled
+from .means import interval, warm
 
 
 class AttentionFigures(Protocol):
@@ -80,16 +77,11 @@ class Cell:
         }
 
 
-def warm(values: list[float]) -> list[float]:
-    """Return the times that count: all but those of the first prompts, or these if there are no others."""
-    return values[WARM_UP:] or values
+class Progress(Protocol):
+    """What shows how far a suite is."""
 
-
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean."""
-    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(drawn.mean(1), (2.5, 97.5))
-    return float(low), float(high)
+    def advance(self, note: str = "") -> None:
+        """Move one prompt on."""
 
 
 class Keeper(Protocol):
@@ -130,22 +122,24 @@ def run_task(
     length: int,
     attentions: Sequence[str],
     keeper: Keeper | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer every sample with every attention and return a row for each attention.
+    """Answer every sample with every attention and return a row for each attention; `progress` moves at each sample.
 
     A kept prompt is taken over with all its attentions, so that times which are compared come from one process.
     """
     kept = keeper.read(task.name, length, attentions) if keeper else None
     cells = kept or _empty(task, length, attentions)
     begun = len(cells[attentions[0]].scores)
-    for index, sample in enumerate(found[begun:], begun):
-        if (
-            index == begun > 0
-        ):  # this process compiles its kernels anew: the prompt is read once without a clock
-            reader.ask(task, sample, _empty(task, length, attentions))
-        reader.ask(task, sample, cells)
-        if keeper:
-            keeper.write(list(cells.values()))
+    for index, sample in enumerate(found):
+        if index >= begun:
+            if index == begun > 0:  # this process compiles its kernels anew: read once without a clock
+                reader.ask(task, sample, _empty(task, length, attentions))
+            reader.ask(task, sample, cells)
+            if keeper:
+                keeper.write(list(cells.values()))
+        if progress:
+            progress.advance(f"{task.name}, {length} tokens")
     rows = [cell.row() for cell in cells.values()]
     for row in rows:
         console.log.info(
@@ -186,55 +180,3 @@ def answer(model: Any, ids: torch.Tensor, new_tokens: int, stops: Sequence[int])
         output = model(input_ids=step, use_cache=True, **read_so_far(output))
         token = int(output.logits[0, -1].argmax())
     return written, spent
-
-
-def times_dense(cells: Sequence[dict[str, Any]], dense: Sequence[dict[str, Any]]) -> float | None:
-    """How many times sooner the first token came than with dense attention: the median over prompts, which both read in turn."""
-    by_task = {cell["task"]: cell["ttft_ms"] for cell in dense}
-    ratios = [
-        plain / spent
-        for cell in cells
-        if cell["task"] in by_task
-        for plain, spent in zip(warm(by_task[cell["task"]]), warm(cell["ttft_ms"]), strict=True)
-    ]
-    return float(np.median(ratios)) if ratios else None
-
-
-def _median(cells: Sequence[dict[str, Any]], part: str) -> float:
-    return float(np.median([ms for cell in cells for ms in warm(cell[part])]))
-
-
-def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each length and attention the mean over tasks, with a bootstrap interval that resamples within tasks."""
-    found = []
-    for length, name in dict.fromkeys((row["length"], row["attention"]) for row in rows):
-        cells, dense = (
-            [row for row in rows if (row["length"], row["attention"]) == (length, one)]
-            for one in (name, DENSE)
-        )
-        rng = np.random.default_rng(0)
-        means = np.mean(
-            [
-                rng.choice(np.asarray(cell["scores"]), (RESAMPLES, len(cell["scores"]))).mean(1)
-                for cell in cells
-            ],
-            axis=0,
-        )
-        low, high = np.percentile(100 * means, (2.5, 97.5))
-        densities = [cell["density"] for cell in cells if cell["density"] is not None]
-        found.append(
-            {
-                "task": "average",
-                "length": length,
-                "attention": name,
-                "value": float(np.mean([cell["value"] for cell in cells])),
-                "low": float(low),
-                "high": float(high),
-                "density": float(np.mean(densities)) if densities else None,
-                "ttft": float(np.median([cell["ttft"] for cell in cells])),
-                "times_dense": times_dense(cells, dense),
-                "selector_ms": _median(cells, "selector_ms"),
-                "kernel_ms": _median(cells, "kernel_ms"),
-            }
-        )
-    return found

@@ -144,6 +144,7 @@ def cut(text: str) -> list[str]:
     check_chinese()
     import jieba  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
+    jieba.setLogLevel("WARNING")  # it says on stderr that it loads its dictionary
     words: list[str] = jieba.lcut(text, cut_all=False)
     return words
 

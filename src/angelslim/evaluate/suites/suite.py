@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...base import console
 from ...base.errors import ConfigError, did_you_mean
 from ..perplexity import read_text
 from ..suite import evaluation_text
 from . import longbench, ruler, scorers
 from .base import Sample, Task, samples
 from .kept import Kept
-from .run import Attend, Reader, averages, run_task
+from .means import averages, families
+from .run import Attend, Reader, run_task
 from .word_lists import source
 
 SUITES = ("ruler", "longbench")
@@ -60,14 +62,14 @@ class Suite:
 
 
 def lengths(words: str) -> tuple[int, ...]:
-    """Read lengths in tokens: ``4k,8k`` is 4096 and 8192."""
+    """Read lengths in tokens: ``4k,8k`` is 4096 and 8192; one that is named twice is measured once."""
     found = []
     for word in filter(None, (part.strip().lower() for part in words.split(","))):
         match = re.fullmatch(r"(\d+)(k?)", word)
         if match is None or int(match[1]) == 0:
             raise ConfigError(f"{word!r} is no length in tokens.", fix="Write 4096 or 4k.")
         found.append(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def samples_of(suite: Suite, tokenizer: Any, length: int) -> list[tuple[Task, list[Sample]]]:
@@ -117,15 +119,18 @@ def run_suite(
     `kept` holds the prompts that an earlier run of the same command answered, and takes the new ones.
     """
     reader = Reader(model, tokenizer, attend)
+    _say_what_is_too_long(model, suite)
     prepared = [(length, samples_of(suite, tokenizer, length)) for length in suite.lengths]
+    total = sum(len(found) for _, tasks in prepared for _, found in tasks)
     if kept:
-        kept.say(sum(len(found) for _, tasks in prepared for _, found in tasks))
+        kept.say(total)
     rows = []
-    for length, tasks in prepared:
-        for task, found in tasks:
-            made = run_task(reader, task, found, length, attentions, kept)
-            family = longbench.family_of(task.name) if suite.name == "longbench" else ""
-            rows += [{**row, "family": family} for row in made]
+    with console.bar("prompts", total) as progress:
+        for length, tasks in prepared:
+            for task, found in tasks:
+                made = run_task(reader, task, found, length, attentions, kept, progress)
+                family = longbench.family_of(task.name) if suite.name == "longbench" else ""
+                rows += [{**row, "family": family} for row in made]
     return {
         "suite": suite.name,
         "lengths": list(suite.lengths),
@@ -135,4 +140,15 @@ def run_suite(
         "words": source() if suite.name == "ruler" else "",
         "rows": rows,
         "averages": averages(rows),
+        "families": families(rows),
     }
+
+
+def _say_what_is_too_long(model: Any, suite: Suite) -> None:
+    """Prompts behind a model's last position are asked, for some models stretch theirs, but not silently."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and max(suite.lengths) > positions:
+        console.log.warning(
+            "The model has positions for %d tokens; scores at %d tokens say little of it.",
+            *(positions, max(suite.lengths)),
+        )

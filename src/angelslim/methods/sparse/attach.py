@@ -214,7 +214,7 @@ class Attached:
         stats.calls += 1
         stats.kernels["masked, on the model's own index"] += 1
         if settings.measure:
-            stats.densities.append(share_read(read))
+            stats.read(share_read(read), q.shape[2], k.shape[2])
         with stats.kernel.running(q.device, settings.measure):
             return exact(module, q, k, v, read, True, arguments)
 
@@ -256,7 +256,7 @@ class Attached:
         stats.calls += 1
         stats.kernels[kernel.name] += 1
         if settings.measure:
-            stats.densities.append(plan.kept())
+            stats.read(plan.kept(), q.shape[2], k.shape[2])
         return out.transpose(1, 2).contiguous()
 
 

@@ -60,12 +60,19 @@ class LayerStats:
     fallbacks: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     densities: list[Tensor] = field(default_factory=list)
+    pairs: list[float] = field(default_factory=list)  # that causality allows, for each of the densities
+
+    def read(self, share: Tensor, queries: int, keys: int) -> None:
+        """Take down the density of one call, whose queries are the last ones of its keys."""
+        self.densities.append(share)
+        self.pairs.append(queries * keys - queries * (queries - 1) / 2)
 
     def density(self) -> float | None:
-        """The mean density of the sparse calls over rows and heads, or None if there was none."""
+        """The share of the pairs that all sparse calls read together, the chunks of a prompt too; None if there was none."""
         if not self.densities:
             return None
-        return float(torch.stack([part.mean() for part in self.densities]).mean())
+        means = torch.stack([part.mean().double() for part in self.densities])
+        return float(means @ means.new_tensor(self.pairs)) / sum(self.pairs)
 
     def row(self) -> dict[str, Any]:
         """Plain values, for a report."""

@@ -122,25 +122,29 @@ def sparse_attention(
     return attach(model, found.make_rules(), found.settings(measure=measure, **changes))
 
 
-def attentions(wanted: list[str], folder: Path, density: float | None) -> list[str]:
+def attentions(
+    wanted: list[str], folder: Path, density: float | None = None, block: int | None = None
+) -> list[str]:
     """What a measurement of the model in `folder` compares: what is wanted, else what the folder says, else dense.
 
-    Wrong names and densities are refused here, before any work.
+    Wrong names, densities and blocks are refused here, before any work.
     """
     check_density(density)
+    if block is not None:
+        Settings(block)  # refuses what no block can be
     for name in wanted:
         if name != DENSE:
             check_source(name)
-    if density is not None and wanted in ([], [DENSE]):
-        raise ConfigError(
-            "A density is given and no sparse attention.", fix="Name one, for example --attn stem."
-        )
-    if wanted:
-        return wanted
-    if (folder / FILE).is_file():
+    said = not wanted and (folder / FILE).is_file()
+    found = list(dict.fromkeys(wanted)) or [str(folder) if said else DENSE]
+    for what, value in (("density", density), ("block", block)):
+        if value is not None and found == [DENSE]:
+            raise ConfigError(
+                f"A {what} is given and no sparse attention.", fix="Name one, for example --attn stem."
+            )
+    if said:
         chose(f"sparse attention as {FILE} says", "the model's folder holds it; --attn dense leaves it out")
-        return [str(folder)]
-    return [DENSE]
+    return found
 
 
 def check_source(source: str) -> None:

@@ -63,6 +63,10 @@ def plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
             "Static input scales are not trained.", fix="Use a scheme with dynamic activations."
         )
     if weight.scale in ("e4m3", "e8m0"):
+        if weight.format.name != "fp4_e2m1":
+            raise SchemeError(
+                "MXFP8 weights are not trained.", fix="Use fp8_dynamic, mxfp4 or mxfp4_weight_only."
+            )
         name = {"e4m3": "nvfp4", "e8m0": "mxfp4"}[weight.scale]
         return "fp", {"format": name}
     grain = weight.granularity
@@ -76,6 +80,13 @@ def plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
     if weight.scale == "float16":
         options["scale_dtype"] = "float16"
     return "int", {"bits": weight.format.bits, **options}
+
+
+def weight_of(name: str, options: Options, *, fake: bool) -> Quant:
+    """Return what the trained weights will be; `fake` ones are saved in full precision, which holds everything."""
+    if fake and name == "dlt":
+        return Quant(FORMATS["int8"], grain(options, PER_CHANNEL))
+    return scheme_of(name, options).weight
 
 
 def scheme_of(name: str, options: Options) -> Scheme:

@@ -24,12 +24,13 @@ from ..config.schema import Compression, Config
 from ..config.training import QAD, QAT, Distill, TrainerArguments
 from ..config.upstream import Stage, stages
 from ..export._checkpoint import open_any
+from ..export.base import choose
 from ..job import device_of
 from ..methods.base import make_quantizer
 from ..models.loading import Source
 from ..models.select import Choice, Layer, select
 from ..numerics.distillation import Distillation
-from ..numerics.scheme import PRESETS, Quant
+from ..numerics.scheme import Quant, Scheme
 from ..teacher.stored import read_manifest
 from ..train import TrainSettings
 
@@ -181,7 +182,18 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
         make_quantizer(quantizer, options)
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
-    layers, skipped = _layers(source, stage) if quantizer else ((), {})
+    wanted = compression.quantization.format if compression.quantization else "auto"
+    fake = section.save_format == "fake"
+    layers, skipped = (), {}  # type: tuple[Layer, ...], dict[str, str]
+    if quantizer:
+        scheme = Scheme(quantizers.weight_of(quantizer, options, fake=fake), inputs)
+        layers, skipped = _layers(source, stage, scheme)
+        if not fake:
+            choose(
+                {layer.name: scheme for layer in layers},
+                wanted,
+                {layer.name: layer.shape for layer in layers},
+            )
     arguments = section.hf_args or TrainerArguments.model_validate({})
     _say_unused(resolved, arguments)
     lessons = _lessons(section, bool(quantizer))
@@ -205,11 +217,11 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
         lessons=lessons,
         settings=_settings(arguments, config),
         epochs=float(arguments.num_train_epochs or EPOCHS),
-        warmup=float(arguments.warmup_ratio or 0.0),
+        warmup=_warmup(arguments)[1],
         rows=rows,
         length=length,
-        fake=section.save_format == "fake",
-        format=compression.quantization.format if compression.quantization else "auto",
+        fake=fake,
+        format=wanted,
         device=device_of(config.global_.device),
     )
 
@@ -231,9 +243,9 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
     )
 
 
-def _layers(source: Source, stage: Stage) -> tuple[tuple[Layer, ...], dict[str, str]]:
-    """Return the linear layers that are quantized, and why others are not."""
-    selection = select(source, PRESETS["int8_dynamic"], Choice(ignore=stage.ignore))
+def _layers(source: Source, stage: Stage, scheme: Scheme) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """Return the linear layers that are quantized, and why others are not; groups that do not fit are refused."""
+    selection = select(source, scheme, Choice(ignore=stage.ignore))
     stacked = [layer for layer in selection.layers if layer.module is None]
     chosen = tuple(layer for layer in selection.layers if layer.module is not None)
     if not chosen:
@@ -308,7 +320,7 @@ def _settings(given: TrainerArguments, config: Config) -> TrainSettings:
     return TrainSettings(
         steps=steps,
         lr=float(given.learning_rate or RATE),
-        warmup=int(given.warmup_steps or 0),
+        warmup=_warmup(given)[0],
         schedule=schedule,  # type: ignore[arg-type]
         decay=decay,
         weight_decay=float(given.weight_decay or 0.0),
@@ -324,6 +336,12 @@ def _settings(given: TrainerArguments, config: Config) -> TrainSettings:
         fsdp=bool(given.deepspeed or extra.get("fsdp")) and parallel.world() > 1,
         tensorboard="tensorboard" in [str(word) for word in report],
     )
+
+
+def _warmup(given: TrainerArguments) -> tuple[int, float]:
+    """Return the steps of the warm-up, or its share of all steps; a number of steps below 1 is a share, as there."""
+    count = float(given.warmup_steps or 0.0)
+    return (int(count), 0.0) if count >= 1 else (0, count or float(given.warmup_ratio or 0.0))
 
 
 def _say_unused(resolved: Resolved, given: TrainerArguments) -> None:

@@ -69,6 +69,7 @@ def test_a_run_leaves_a_folder_that_opens_and_says_how_it_was_made(name, tiny_fo
     assert record.training["loss"] == taught.get(recipe, "cross entropy")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Cross entropy on rows that were held back" in page and "Weights of model.layers" in page
+    assert "running mean" in page and "weight before rounding" in page, "curves and axes say what they are"
     with torch.inference_mode():
         assert angelslim.load(tmp_path / "out")(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
     assert not (tmp_path / "out.training").exists()
@@ -257,7 +258,8 @@ def test_two_processes_with_spread_weights_equal_one(tiny_folder, long_texts, tm
 
 def test_a_bias_without_a_place_is_left_out_and_said(tiny_folder, long_texts, tmp_path):
     record = train(tiny_folder, "ternary_tequila", long_texts, tmp_path / "out")
-    assert all("bias" in layer.note for layer in record.layers)
+    notes = {layer.note for layer in record.layers}
+    assert len(notes) == 1 and "bias" in notes.pop(), "one text, which is said once"
 
 
 def test_both_modes_of_thinking_survive(tmp_path):

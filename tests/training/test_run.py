@@ -184,6 +184,12 @@ def test_mistakes_are_one_error_each(name, tiny_folder, long_texts, tmp_path):
 UNTRAINED = {
     "odd group": ("sherry", f"{SPECIAL}.group_size=48", "multiple of the group size 48"),
     "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "save_format: fake"),
+    "no scales to learn": (
+        "ternary_absmean",
+        f"{QAT}.trainable_parameters=quant",
+        "trainable_parameters: all",
+    ),
+    "no scales in MXFP4": ("int4_qat", "compression.quantization.scheme=mxfp4", "trainable_parameters: all"),
     "no such format": ("int4_qat", "compression.quantization.format=fp8_block", "cannot hold"),
 }
 

@@ -178,8 +178,7 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     quantizer, options, inputs = _quantizer(section, stage)
-    if quantizer:
-        make_quantizer(quantizer, options)
+    learns = bool(quantizer and make_quantizer(quantizer, options).learned)
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
     wanted = compression.quantization.format if compression.quantization else "auto"
@@ -213,7 +212,7 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
         inputs=inputs,
         layers=layers,
         skipped=skipped,
-        trainable=_trainable(section, quantizer),
+        trainable=_trainable(section, quantizer, learns),
         lessons=lessons,
         settings=_settings(arguments, config),
         epochs=float(arguments.num_train_epochs or EPOCHS),
@@ -255,16 +254,21 @@ def _layers(source: Source, stage: Stage, scheme: Scheme) -> tuple[tuple[Layer, 
     return chosen, {**selection.skipped, **{layer.name: STACKED for layer in stacked}}
 
 
-def _trainable(section: Section, quantizer: str) -> str:
+def _trainable(section: Section, quantizer: str, learns: bool) -> str:
+    """Return what is trained; `learns` says whether the quantizer has scales to train."""
     asked = section.trainable_parameters
     if asked is not None:
         word = ALIASES.get(asked, asked)
     else:
         # Below eight bits the weights have to move; what ordinary integers need is good scales.
-        word = "quant" if quantizer in ("int", "fp") and isinstance(section, QAT) else "all"
+        word = "quant" if learns and quantizer in ("int", "fp") and isinstance(section, QAT) else "all"
     if word == "quant" and not quantizer:
         raise ConfigError(
             "There are no scales to train in full precision.", fix="Set trainable_parameters: all."
+        )
+    if word == "quant" and not learns:
+        raise ConfigError(
+            "The scales of this quantizer follow from the weights.", fix="Set trainable_parameters: all."
         )
     return word
 

@@ -183,7 +183,7 @@ def test_mistakes_are_one_error_each(name, tiny_folder, long_texts, tmp_path):
 
 UNTRAINED = {
     "odd group": ("sherry", f"{SPECIAL}.group_size=48", "multiple of the group size 48"),
-    "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "save_format: fake"),
+    "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "Choose another quantizer"),
     "no scales to learn": (
         "ternary_absmean",
         f"{QAT}.trainable_parameters=quant",

@@ -82,19 +82,12 @@ def plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
     return "int", {"bits": weight.format.bits, **options}
 
 
-def weight_of(name: str, options: Options, *, fake: bool) -> Quant:
-    """Return what the trained weights will be; `fake` ones are saved in full precision, which holds everything."""
-    if fake and name == "dlt":
-        return Quant(FORMATS["int8"], grain(options, PER_CHANNEL))
-    return scheme_of(name, options).weight
-
-
 def scheme_of(name: str, options: Options) -> Scheme:
     """Return the scheme of the weights that a quantizer leaves; one whose weights no file holds is refused."""
     if name == "dlt":
         raise SchemeError(
             "A shift of every weight is not what quantized checkpoints hold.",
-            fix="Train dlt end to end with save_format: fake, or choose another quantizer.",
+            fix="Choose another quantizer; in Python, methods.qat.base.merge leaves dlt's weights in ordinary layers.",
         )
     if name == "fp":
         kind = str(options.get("format", "fp8"))

@@ -185,16 +185,10 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     fake = section.save_format == "fake"
     layers, skipped = (), {}  # type: tuple[Layer, ...], dict[str, str]
     if quantizer:
-        scheme = Scheme(quantizers.weight_of(quantizer, options, fake=fake), inputs)
-        layers, skipped = _layers(source, stage, scheme)
-        if not fake:
-            choose(
-                {layer.name: scheme for layer in layers},
-                wanted,
-                {layer.name: layer.shape for layer in layers},
-            )
+        scheme = Scheme(quantizers.scheme_of(quantizer, options).weight, inputs)
+        layers, skipped = _layers(source, stage, scheme, "" if fake else wanted)
     arguments = section.hf_args or TrainerArguments.model_validate({})
-    _say_unused(resolved, arguments)
+    _say_unused(resolved, arguments, section)
     lessons = _lessons(section, bool(quantizer))
     data = config.dataset
     rows, length = arguments.per_device_train_batch_size or max(data.batch_size, 1), data.max_seq_length
@@ -242,8 +236,13 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
     )
 
 
-def _layers(source: Source, stage: Stage, scheme: Scheme) -> tuple[tuple[Layer, ...], dict[str, str]]:
-    """Return the linear layers that are quantized, and why others are not; groups that do not fit are refused."""
+def _layers(
+    source: Source, stage: Stage, scheme: Scheme, wanted: str
+) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """Return the linear layers that are quantized, and why others are not.
+
+    Groups that do not fit are refused, and what the wanted format of the checkpoint, if there is one, cannot hold.
+    """
     selection = select(source, scheme, Choice(ignore=stage.ignore))
     stacked = [layer for layer in selection.layers if layer.module is None]
     chosen = tuple(layer for layer in selection.layers if layer.module is not None)
@@ -251,6 +250,9 @@ def _layers(source: Source, stage: Stage, scheme: Scheme) -> tuple[tuple[Layer, 
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
     if stacked:
         console.log.warning("%s and %d more: %s.", stacked[0].name, len(stacked) - 1, STACKED)
+    if wanted:
+        shapes = {layer.name: layer.shape for layer in chosen}
+        choose(dict.fromkeys(shapes, scheme), wanted, shapes)
     return chosen, {**selection.skipped, **{layer.name: STACKED for layer in stacked}}
 
 
@@ -348,12 +350,13 @@ def _warmup(given: TrainerArguments) -> tuple[int, float]:
     return (int(count), 0.0) if count >= 1 else (0, count or float(given.warmup_ratio or 0.0))
 
 
-def _say_unused(resolved: Resolved, given: TrainerArguments) -> None:
-    for name in given.given():
-        if name not in READ | SILENT:
-            text = f"hf_args.{name} has no effect here."
-            console.log.warning("%s", text)
-            resolved.warnings.append(text)
+def _say_unused(resolved: Resolved, given: TrainerArguments, section: Section) -> None:
+    texts = [f"hf_args.{name} has no effect here." for name in given.given() if name not in READ | SILENT]
+    if section.resume_ckpt_dir:
+        texts.append("resume_ckpt_dir has no effect here: the same command continues what was stopped.")
+    for text in texts:
+        console.log.warning("%s", text)
+        resolved.warnings.append(text)
 
 
 def _name(compression: Compression, quantizer: str) -> str:

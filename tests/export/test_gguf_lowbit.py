@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import gguf
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from angelslim.base.errors import SchemeError
 from angelslim.export.files import _gguf_lowbit as lowbit
+from angelslim.export.files import gguf as gguf_file
 from angelslim.export.files._gguf_types import KINDS
+from angelslim.numerics.scheme import Quant, Scheme, format_named, per_group
 
 LEVELS = {"ternary": {-1: -1.0, 0: 0.0, 1: 1.0}, "seq": {0: -1.5, 1: -0.5, 2: 0.5, 3: 1.5}}
 
@@ -99,6 +103,20 @@ def test_every_type_that_is_said_to_hold_the_numbers_does(kind, group):
         with pytest.raises(SchemeError, match=f"{group} is no multiple of that") as refused:
             lowbit.pack(kind, name, codes, scale)
         assert "Q4_0" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("scheme", "chosen", "said"),
+    [("ternary", "Q4_0", "gguf:q2_0"), ("seq2", "Q4_0", ""), ("int4", "Q4_0", "")],
+)
+def test_a_smaller_type_that_holds_the_same_is_named(scheme, chosen, said, caplog):
+    weight = Quant(format_named(scheme), per_group(64), scale="float16")
+    checkpoint = SimpleNamespace(
+        schemes={"up": Scheme(weight)}, tensors={"up.weight": SimpleNamespace(shape=(8, 128))}
+    )
+    with caplog.at_level("INFO", "angelslim"):
+        gguf_file._say_smaller(checkpoint, {"up": gguf_file.Blocks(chosen, torch.zeros(0))})
+    assert (said in caplog.text) if said else not caplog.text
 
 
 def test_the_function_of_each_type_packs_it():

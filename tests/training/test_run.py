@@ -69,6 +69,7 @@ def test_a_run_leaves_a_folder_that_opens_and_says_how_it_was_made(name, tiny_fo
     assert record.training["loss"] == taught.get(recipe, "cross entropy")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Cross entropy on rows that were held back" in page and "Weights of model.layers" in page
+    assert "running mean" in page and "weight before rounding" in page, "curves and axes say what they are"
     with torch.inference_mode():
         assert angelslim.load(tmp_path / "out")(input_ids=torch.arange(3, 40)[None]).logits.isfinite().all()
     assert not (tmp_path / "out.training").exists()
@@ -164,6 +165,10 @@ BAD = {
     "unknown schedule": ((f"{ARGS}.lr_scheduler_type=cosin",), ConfigError, "cosine"),
     "unknown quantizer": ((f"{SPECIAL}.quant_method=tequilla",), ConfigError, "tequila"),
     "rows too long": (("dataset.max_seq_length=100000",), DataError, "fewer than two rows"),
+    "no learning": ((f"{ARGS}.learning_rate=-1",), ConfigError, "greater than 0"),
+    "empty batches": ((f"{ARGS}.per_device_train_batch_size=0",), ConfigError, "greater than or equal to 1"),
+    "cold teacher": ((f"{QAT}.kd_temperature=0",), ConfigError, "greater than 0"),
+    "all warm-up": ((f"{ARGS}.warmup_ratio=3",), ConfigError, "less than or equal to 1"),
     "no data file": (("dataset.data_path=nowhere.jsonl",), DataError, "nowhere.jsonl"),
 }
 
@@ -173,7 +178,45 @@ def test_mistakes_are_one_error_each(name, tiny_folder, long_texts, tmp_path):
     words, kind, message = BAD[name]
     with pytest.raises(kind, match=message):
         train(tiny_folder, "ternary_tequila", long_texts, tmp_path / "out", *words)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [], "the corrected command must find nothing in its way"
+
+
+UNTRAINED = {
+    "odd group": ("sherry", f"{SPECIAL}.group_size=48", "multiple of the group size 48"),
+    "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "Choose another quantizer"),
+    "no scales to learn": (
+        "ternary_absmean",
+        f"{QAT}.trainable_parameters=quant",
+        "trainable_parameters: all",
+    ),
+    "no scales in MXFP4": ("int4_qat", "compression.quantization.scheme=mxfp4", "trainable_parameters: all"),
+    "no such format": ("int4_qat", "compression.quantization.format=fp8_block", "cannot hold"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_what_no_file_could_hold_is_refused_before_training(name, tiny_folder):
+    recipe, word, message = UNTRAINED[name]
+    with pytest.raises(UserError, match=message):
+        prepare_any(load_recipe(recipe, [word]), tiny_folder)
+
+
+def test_mxfp8_is_not_trained_as_mxfp4(tiny_folder):
+    whole = "compression.quantization={name: mxfp8}"
+    with pytest.raises(SchemeError, match="MXFP8"):
+        prepare_any(load_recipe("seq_2bit", [whole, f"{QAT}.plugin_config=null"]), tiny_folder)
+
+
+def test_curves_for_tensorboard_stay_with_the_model(tiny_folder, long_texts, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tiny_folder, "sherry", long_texts, tmp_path / "out", f"{ARGS}.report_to=tensorboard")
+    assert [file.name[:10] for file in (tmp_path / "out" / "tensorboard").iterdir()] == ["events.out"]
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_a_warm_up_below_one_step_is_a_share(tiny_folder):
+    job = prepare_any(load_recipe("sherry", [f"{ARGS}.warmup_steps=0.25"]), tiny_folder)
+    assert (job.settings.warmup, job.warmup) == (0, 0.25)
 
 
 def test_empty_documents_are_one_error(tiny_folder, tmp_path):
@@ -221,7 +264,8 @@ def test_two_processes_with_spread_weights_equal_one(tiny_folder, long_texts, tm
 
 def test_a_bias_without_a_place_is_left_out_and_said(tiny_folder, long_texts, tmp_path):
     record = train(tiny_folder, "ternary_tequila", long_texts, tmp_path / "out")
-    assert all("bias" in layer.note for layer in record.layers)
+    notes = {layer.note for layer in record.layers}
+    assert len(notes) == 1 and "bias" in notes.pop(), "one text, which is said once"
 
 
 def test_both_modes_of_thinking_survive(tmp_path):

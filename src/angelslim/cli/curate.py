@@ -44,5 +44,9 @@ def curate(
     for stage in report.stages:
         for note in stage.notes:
             console.out.print(f"{stage.name}: {note}", soft_wrap=True, markup=False)
-    console.out.print(f"Set:    {out} ({len(report.shards)} part files)", soft_wrap=True, markup=False)
+    console.out.print(
+        f"Set:    {out} ({len(report.shards)} part file{'s'[: len(report.shards) != 1]})",
+        soft_wrap=True,
+        markup=False,
+    )
     console.out.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

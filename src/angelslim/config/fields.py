@@ -98,6 +98,8 @@ def _hyphens(value: object) -> object:
 Int = Annotated[int, BeforeValidator(not_a_truth_value)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(not_a_truth_value)]
 Number = Annotated[float, BeforeValidator(not_a_truth_value)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(not_a_truth_value)]
+Amount = Annotated[float, Field(ge=0), BeforeValidator(not_a_truth_value)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(not_a_truth_value)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Word = Annotated[str, BeforeValidator(_word)]

@@ -63,6 +63,10 @@ def plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
             "Static input scales are not trained.", fix="Use a scheme with dynamic activations."
         )
     if weight.scale in ("e4m3", "e8m0"):
+        if weight.format.name != "fp4_e2m1":
+            raise SchemeError(
+                "MXFP8 weights are not trained.", fix="Use fp8_dynamic, mxfp4 or mxfp4_weight_only."
+            )
         name = {"e4m3": "nvfp4", "e8m0": "mxfp4"}[weight.scale]
         return "fp", {"format": name}
     grain = weight.granularity
@@ -83,7 +87,7 @@ def scheme_of(name: str, options: Options) -> Scheme:
     if name == "dlt":
         raise SchemeError(
             "A shift of every weight is not what quantized checkpoints hold.",
-            fix="Train dlt end to end with save_format: fake, or choose another quantizer.",
+            fix="Choose another quantizer; in Python, methods.qat.base.merge leaves dlt's weights in ordinary layers.",
         )
     if name == "fp":
         kind = str(options.get("format", "fp8"))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from .fields import Count, GrainName, Int, Number, Section, Word
+from .fields import Amount, Count, GrainName, Int, Number, Positive, Section, Share, Word
 
 TRAINING_ARGUMENTS = frozenset(
     [
@@ -168,16 +168,16 @@ class TrainerArguments(Section):
     __pydantic_extra__: dict[str, Any]
     extra_keys: ClassVar[frozenset[str]] = TRAINING_ARGUMENTS
 
-    learning_rate: Number | None = None
+    learning_rate: Positive | None = None
     lr_scheduler_type: str | None = None
-    warmup_ratio: Number | None = None
-    warmup_steps: Number | None = None
-    weight_decay: Number | None = None
-    max_grad_norm: Number | None = None
+    warmup_ratio: Share | None = None
+    warmup_steps: Amount | None = None
+    weight_decay: Amount | None = None
+    max_grad_norm: Amount | None = None
     max_steps: Int | None = None
-    num_train_epochs: Number | None = None
-    per_device_train_batch_size: Int | None = None
-    gradient_accumulation_steps: Int | None = None
+    num_train_epochs: Positive | None = None
+    per_device_train_batch_size: Count | None = None
+    gradient_accumulation_steps: Count | None = None
     gradient_checkpointing: bool | None = None
     gradient_checkpointing_kwargs: GradientCheckpointing | None = None
     bf16: bool | None = None
@@ -186,7 +186,7 @@ class TrainerArguments(Section):
     logging_steps: Number | None = None
     logging_first_step: bool | None = None
     save_strategy: Word | None = None
-    save_steps: Number | None = None
+    save_steps: Positive | None = None
     save_total_limit: Int | None = None
     dataloader_num_workers: Int | None = None
     report_to: Word | list[str] | None = None
@@ -294,11 +294,11 @@ class Training(Section):
     hf_dataset: str | None = None  # "owner/name" or "owner/name,configuration"
     hf_cache_dir: str | None = None
     loss_type: LossType | None = None
-    loss_topk: Int | None = None
-    kd_temperature: Number | None = None
-    kd_loss_weight: Number | None = None
-    lm_loss_weight: Number | None = None
-    hidden_loss_weight: Number | None = None  # ours: of the squared error of hidden states
+    loss_topk: Count | None = None
+    kd_temperature: Positive | None = None
+    kd_loss_weight: Amount | None = None
+    lm_loss_weight: Amount | None = None
+    hidden_loss_weight: Amount | None = None  # ours: of the squared error of hidden states
     teacher_logits: str | None = None  # ours: a folder of stored logits
     trainable_parameters: Literal["all", "quant", "scale", "norm"] | None = None
     resume_ckpt_dir: str | None = None

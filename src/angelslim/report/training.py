@@ -29,7 +29,7 @@ def section(training: Mapping[str, Any] | None) -> dict[str, Any]:
         {"title": "Learning rate", "svg": _curve(steps, "lr", "learning rate")},
     ]
     for name in looks[0]["histograms"] if looks else ():
-        figures.append({"title": f"Weights of {shorten(name, 48)}", "svg": _ridges(looks, name)})
+        figures.append({"title": f"Weights of {shorten(name, 48)} by step", "svg": _ridges(looks, name)})
     return {
         "summary": _summary(training),
         "facts": _facts(training),
@@ -93,8 +93,9 @@ def _losses(steps: Sequence[Mapping[str, Any]]) -> str:
     ]
     with canvas(520, 260) as (figure, axes):
         _axes(axes, "loss")
-        axes.plot(at, values, color=BEFORE, linewidth=1)
-        axes.plot(at, smooth, color=AFTER, linewidth=2)
+        axes.plot(at, values, color=BEFORE, linewidth=1, label="each step")
+        axes.plot(at, smooth, color=AFTER, linewidth=2, label="running mean")
+        axes.legend(frameon=False, labelcolor=MUTED, fontsize=11, loc="upper right", ncols=2)
         return to_svg(figure, "Loss by step")
 
 
@@ -128,7 +129,7 @@ def _ridges(looks: Sequence[Mapping[str, Any]], name: str) -> str:
     if not shown:
         return ""
     left, right = 66.0, 512.0
-    height = HEIGHT + STEP * len(shown) + 26
+    height = HEIGHT + STEP * len(shown) + 44
     marks = Marks(520, height)
     most = max(max(look["histograms"][name]) for look in shown) or 1.0
     for place_, look in enumerate(shown):
@@ -145,5 +146,7 @@ def _ridges(looks: Sequence[Mapping[str, Any]], name: str) -> str:
         ((left + right) / 2, 0.0, "middle"),
         (right, edge, "end"),
     ):
-        marks.text(x, height - 8, f"{value:.3g}", "muted", size=11, anchor=anchor)
+        marks.text(x, height - 26, f"{value:.3g}", "muted", size=11, anchor=anchor)
+    marks.text(left - 8, HEIGHT, "step", "muted", size=11, anchor="end")
+    marks.text(left, height - 10, "weight before rounding, all curves to one scale", "muted", size=11)
     return marks.svg(f"Weights of {name} by step")

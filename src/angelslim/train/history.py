@@ -18,6 +18,7 @@ from ..base.errors import Diverged
 from .board import Board
 
 HISTORY = "steps.jsonl"
+CURVES = "tensorboard"  # folder of event files
 _FLUSH = 20  # steps between two readings of the loss
 
 
@@ -49,7 +50,7 @@ class History:
             temporary = path.with_name(path.name + ".partial")
             temporary.write_text(lines, "utf-8")
             os.replace(temporary, path)
-        self.board = Board(path.parent / "tensorboard", done) if write and tensorboard else None
+        self.board = Board(path.parent / CURVES, done) if write and tensorboard else None
 
     def add(self, step: int, rate: float, measured: dict[str, Tensor]) -> None:
         """Take in a step's measurements, which may still be on their way."""

@@ -24,12 +24,13 @@ from ..config.schema import Compression, Config
 from ..config.training import QAD, QAT, Distill, TrainerArguments
 from ..config.upstream import Stage, stages
 from ..export._checkpoint import open_any
+from ..export.base import choose
 from ..job import device_of
 from ..methods.base import make_quantizer
 from ..models.loading import Source
 from ..models.select import Choice, Layer, select
 from ..numerics.distillation import Distillation
-from ..numerics.scheme import PRESETS, Quant
+from ..numerics.scheme import Quant, Scheme
 from ..teacher.stored import read_manifest
 from ..train import TrainSettings
 
@@ -177,13 +178,17 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     if not reference:
         raise ConfigError("No model is named.", fix="Give a folder or 'tiny-lm', or set model.model_path.")
     quantizer, options, inputs = _quantizer(section, stage)
-    if quantizer:
-        make_quantizer(quantizer, options)
+    learns = bool(quantizer and make_quantizer(quantizer, options).learned)
     source = open_any(reference, trust_remote_code=config.model.trust_remote_code)
     source.check()
-    layers, skipped = _layers(source, stage) if quantizer else ((), {})
+    wanted = compression.quantization.format if compression.quantization else "auto"
+    fake = section.save_format == "fake"
+    layers, skipped = (), {}  # type: tuple[Layer, ...], dict[str, str]
+    if quantizer:
+        scheme = Scheme(quantizers.scheme_of(quantizer, options).weight, inputs)
+        layers, skipped = _layers(source, stage, scheme, "" if fake else wanted)
     arguments = section.hf_args or TrainerArguments.model_validate({})
-    _say_unused(resolved, arguments)
+    _say_unused(resolved, arguments, section)
     lessons = _lessons(section, bool(quantizer))
     data = config.dataset
     rows, length = arguments.per_device_train_batch_size or max(data.batch_size, 1), data.max_seq_length
@@ -201,15 +206,15 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
         inputs=inputs,
         layers=layers,
         skipped=skipped,
-        trainable=_trainable(section, quantizer),
+        trainable=_trainable(section, quantizer, learns),
         lessons=lessons,
         settings=_settings(arguments, config),
         epochs=float(arguments.num_train_epochs or EPOCHS),
-        warmup=float(arguments.warmup_ratio or 0.0),
+        warmup=_warmup(arguments)[1],
         rows=rows,
         length=length,
-        fake=section.save_format == "fake",
-        format=compression.quantization.format if compression.quantization else "auto",
+        fake=fake,
+        format=wanted,
         device=device_of(config.global_.device),
     )
 
@@ -231,28 +236,41 @@ def _quantizer(section: Section, stage: Stage) -> tuple[str, dict[str, Any], Qua
     )
 
 
-def _layers(source: Source, stage: Stage) -> tuple[tuple[Layer, ...], dict[str, str]]:
-    """Return the linear layers that are quantized, and why others are not."""
-    selection = select(source, PRESETS["int8_dynamic"], Choice(ignore=stage.ignore))
+def _layers(
+    source: Source, stage: Stage, scheme: Scheme, wanted: str
+) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """Return the linear layers that are quantized, and why others are not.
+
+    Groups that do not fit are refused, and what the wanted format of the checkpoint, if there is one, cannot hold.
+    """
+    selection = select(source, scheme, Choice(ignore=stage.ignore))
     stacked = [layer for layer in selection.layers if layer.module is None]
     chosen = tuple(layer for layer in selection.layers if layer.module is not None)
     if not chosen:
         raise ConfigError("No layer is left to quantize.", fix="Shorten ignore_layers.")
     if stacked:
         console.log.warning("%s and %d more: %s.", stacked[0].name, len(stacked) - 1, STACKED)
+    if wanted:
+        shapes = {layer.name: layer.shape for layer in chosen}
+        choose(dict.fromkeys(shapes, scheme), wanted, shapes)
     return chosen, {**selection.skipped, **{layer.name: STACKED for layer in stacked}}
 
 
-def _trainable(section: Section, quantizer: str) -> str:
+def _trainable(section: Section, quantizer: str, learns: bool) -> str:
+    """Return what is trained; `learns` says whether the quantizer has scales to train."""
     asked = section.trainable_parameters
     if asked is not None:
         word = ALIASES.get(asked, asked)
     else:
         # Below eight bits the weights have to move; what ordinary integers need is good scales.
-        word = "quant" if quantizer in ("int", "fp") and isinstance(section, QAT) else "all"
+        word = "quant" if learns and quantizer in ("int", "fp") and isinstance(section, QAT) else "all"
     if word == "quant" and not quantizer:
         raise ConfigError(
             "There are no scales to train in full precision.", fix="Set trainable_parameters: all."
+        )
+    if word == "quant" and not learns:
+        raise ConfigError(
+            "The scales of this quantizer follow from the weights.", fix="Set trainable_parameters: all."
         )
     return word
 
@@ -308,7 +326,7 @@ def _settings(given: TrainerArguments, config: Config) -> TrainSettings:
     return TrainSettings(
         steps=steps,
         lr=float(given.learning_rate or RATE),
-        warmup=int(given.warmup_steps or 0),
+        warmup=_warmup(given)[0],
         schedule=schedule,  # type: ignore[arg-type]
         decay=decay,
         weight_decay=float(given.weight_decay or 0.0),
@@ -326,12 +344,19 @@ def _settings(given: TrainerArguments, config: Config) -> TrainSettings:
     )
 
 
-def _say_unused(resolved: Resolved, given: TrainerArguments) -> None:
-    for name in given.given():
-        if name not in READ | SILENT:
-            text = f"hf_args.{name} has no effect here."
-            console.log.warning("%s", text)
-            resolved.warnings.append(text)
+def _warmup(given: TrainerArguments) -> tuple[int, float]:
+    """Return the steps of the warm-up, or its share of all steps; a number of steps below 1 is a share, as there."""
+    count = float(given.warmup_steps or 0.0)
+    return (int(count), 0.0) if count >= 1 else (0, count or float(given.warmup_ratio or 0.0))
+
+
+def _say_unused(resolved: Resolved, given: TrainerArguments, section: Section) -> None:
+    texts = [f"hf_args.{name} has no effect here." for name in given.given() if name not in READ | SILENT]
+    if section.resume_ckpt_dir:
+        texts.append("resume_ckpt_dir has no effect here: the same command continues what was stopped.")
+    for text in texts:
+        console.log.warning("%s", text)
+        resolved.warnings.append(text)
 
 
 def _name(compression: Compression, quantizer: str) -> str:

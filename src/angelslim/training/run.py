@@ -28,6 +28,8 @@ from ..methods.qat._result import Trained
 from ..models.select import Selection
 from ..numerics.scheme import PRESETS, Scheme
 from ..report.record import RunRecord
+from ..train.checkpoint import CHECKPOINT
+from ..train.history import CURVES, HISTORY
 from .follow import Training
 from .job import TrainingJob
 from .student import Outcome, TrainedCheckpoint, finish
@@ -41,7 +43,11 @@ def run(job: TrainingJob, out: Path, *, command: str = "", overwrite: bool = Fal
         return RunRecord.load(out)
     open_training(place, job.fingerprint(), overwrite)
     started = time.perf_counter()
-    outcome, training = _train(job, place)
+    try:
+        outcome, training = _train(job, place)
+    except UserError:
+        _forget_unbegun(place)
+        raise
     seconds = time.perf_counter() - started
     record = pipeline.run(
         _writing(job, outcome),
@@ -52,8 +58,18 @@ def run(job: TrainingJob, out: Path, *, command: str = "", overwrite: bool = Fal
     )
     parallel.wait()
     if parallel.first():
+        if (place / CURVES).exists():
+            shutil.copytree(place / CURVES, out / CURVES, dirs_exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)
     return record
+
+
+def _forget_unbegun(place: Path) -> None:
+    """Remove the folder of a training that was refused before its first step, or the corrected command finds it."""
+    steps = place / HISTORY
+    begun = (place / CHECKPOINT).exists() or (steps.exists() and steps.stat().st_size > 0)
+    if parallel.first() and not begun:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _is_finished(job: TrainingJob, out: Path, overwrite: bool) -> bool:

@@ -81,10 +81,13 @@ def finish(model: nn.Module, job: TrainingJob) -> Outcome:
     """Merge the quantizers and collect what the checkpoint needs; the model is an ordinary one afterwards."""
     biased = {str(layer.module) for layer in job.layers if _has_bias(job.source, str(layer.module))}
     merged = merge(model)
-    notes: dict[str, str] = {}
-    for name, record in merged.items():
-        if isinstance(record, LowBit) and record.bias is not None and name not in biased:
-            notes[name] = NO_BIAS.format(record.bias.abs().max().item())
+    lost = {
+        name: record.bias.abs().max().item()
+        for name, record in merged.items()
+        if isinstance(record, LowBit) and record.bias is not None and name not in biased
+    }
+    # One text for all, so that it is said once and not for every layer.
+    notes = dict.fromkeys(lost, NO_BIAS.format(max(lost.values()))) if lost else {}
     layers = {name: _plain(record) for name, record in merged.items()}
     replaced = {f"{name}.weight" for name in merged}
     state = {name: value.detach() for name, value in model.state_dict().items() if name not in replaced}

@@ -39,6 +39,11 @@ def test_a_small_source_is_repeated_up_to_the_limit_and_the_rest_goes_to_others(
     assert "science would need 3" in ledger.notes[0]
 
 
+def test_a_source_of_which_nothing_is_left_is_said_in_words() -> None:
+    ledger, _, _ = shares({"weights": {"web": 1, "science": 1}}, WEB, [0] * 100)
+    assert ledger.notes[0].startswith("Of science the earlier stages left nothing")
+
+
 def test_no_document_exceeds_the_limit_and_a_budget_beyond_it_is_told() -> None:
     ledger, times, _ = shares({"budget": "10G", "max_repeats": 3})
     assert times.tolist() == [3] * 120

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...base.console import bar
+from ...base.console import bar, chose
 from ...base.errors import MissingExtra, ModelError, SchemeError, did_you_mean
 from ...models.loading import Source
 from ...numerics.scheme import Quant
@@ -113,7 +113,10 @@ class Gguf:
         kind = kind.upper()
         if kind and kind not in KINDS:
             raise SchemeError(f"Unknown GGUF type {kind!r}.", fix=did_you_mean(kind, KINDS))
-        write_model(source, out, {name: _blocks(checkpoint, name, kind) for name in checkpoint.parts})
+        weights = {name: _blocks(checkpoint, name, kind) for name in checkpoint.parts}
+        if not kind:
+            _say_smaller(checkpoint, weights)
+        write_model(source, out, weights)
 
     def unpack(self, file: Path, folder: Path) -> None:
         """Write a file as a compressed-tensors folder with the same numbers."""
@@ -155,11 +158,25 @@ def _blocks(checkpoint: QuantizedCheckpoint, name: str, wanted: str) -> Blocks:
     return Blocks(kind, partial(_packed, checkpoint, name, fitting.weight))
 
 
+def _held(checkpoint: QuantizedCheckpoint, name: str) -> list[str]:
+    """Return the types that hold a layer of two bits or less, smallest first."""
+    quant, columns = checkpoint.schemes[name].weight, checkpoint.tensors[f"{name}.weight"].shape[1]
+    return gguf_types(LOW_BIT[quant.format.name], quant.granularity.columns or columns)
+
+
+def _say_smaller(checkpoint: QuantizedCheckpoint, weights: Mapping[str, Blocks]) -> None:
+    """Say which type was chosen for speed where a smaller one is as exact."""
+    for name, blocks in weights.items():
+        low = checkpoint.schemes[name].weight.format.name in LOW_BIT
+        if low and (smallest := _held(checkpoint, name)[0]) != blocks.kind:
+            chose(blocks.kind, f"llama.cpp runs it fastest; gguf:{smallest.lower()} is smaller and as exact")
+            return
+
+
 def _low_bit(checkpoint: QuantizedCheckpoint, name: str, wanted: str) -> Blocks:
     """Return how a layer of two bits or less is written: in the wanted type, or the one that llama.cpp runs fastest."""
-    quant, columns = checkpoint.schemes[name].weight, checkpoint.tensors[f"{name}.weight"].shape[1]
+    quant, held = checkpoint.schemes[name].weight, _held(checkpoint, name)
     kind = LOW_BIT[quant.format.name]
-    held = gguf_types(kind, quant.granularity.columns or columns)
     chosen = wanted or next((each for each in FASTEST if each in held), "")
     if chosen not in held:
         listed = ", ".join(held) or "none"

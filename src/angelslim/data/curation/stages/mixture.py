@@ -121,8 +121,10 @@ def mix(
     wanted = budget * weights / weights.sum()
     target = share_out(budget, weights, most * available)
     notes = [
-        f"{context.sources[s]} would need {wanted[s] / max(available[s], 1):.1f} repeats for its share; "
+        f"{context.sources[s]} would need {wanted[s] / available[s]:.1f} repeats for its share; "
         f"it stops at {most} and gives {target[s] / max(target.sum(), 1):.1%} of the set."
+        if available[s]
+        else f"Of {context.sources[s]} the earlier stages left nothing; its share goes to the others."
         for s in range(count)
         if wanted[s] > most * available[s]
     ]

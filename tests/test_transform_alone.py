@@ -52,7 +52,7 @@ def test_the_result_is_a_plain_model_with_the_same_function_and_other_weights(re
     assert "model.layers.1.mlp.gate_proj.weight" in names and "model.layers.1.mlp.up_proj.weight" in names
     report = result.report
     assert report.scheme == report.format == "full precision" and not report.layers
-    assert report.bits_per_weight == 32 and report.method == ("spin" if recipe == "rotated" else "smooth")
+    assert report.bits_per_weight == 32 and report.method == ("rotated" if recipe == "rotated" else "smooth")
     dtypes = {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()}
     assert dtypes == {torch.float32}  # the stored type, whatever it is
 

@@ -75,6 +75,9 @@ def run(
             log.info("Continuing the unfinished run in %s", workplace.root)
         try:
             done = compress_units(job, workplace)
+            if parallel.first():
+                _assemble(job, workplace)
+                check(workplace.result, plain=not job.exporter.method)
         except UserError:
             if (
                 not resumed and parallel.first()
@@ -84,8 +87,6 @@ def run(
         if not parallel.first():  # the first process writes, measures and reports
             parallel.wait()
             return RunRecord.load(out)
-        _assemble(job, workplace)
-        check(workplace.result, plain=not job.exporter.method)
         record = _record(job, done, workplace, command, fingerprint)
         record.training = training
         _measure(job, workplace, record, before)

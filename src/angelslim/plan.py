@@ -27,6 +27,7 @@ from .models.structure import Group
 from .numerics.error import error_of
 from .numerics.quantize import quantize, scale_type, tile_of
 from .numerics.scales import SCALE_BITS
+from .report.words import megabytes
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
 WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
@@ -195,7 +196,7 @@ def check_disk(job: Job, out: Path) -> None:
     needed = disk_needed(job, sum(_written_bytes(job))) + 64 * 2**20
     if needed > free:
         raise ResourceError(
-            f"The run needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
+            f"The run needs {megabytes(needed)} on the disk of {folder}, and {megabytes(free)} are free.",
             fix="Choose another --out, or use fewer or shorter calibration samples.",
         )
 

@@ -64,7 +64,7 @@ def run(
     recipe: Recipe,
     rest: Rest = None,
     out: Annotated[
-        Path | None, typer.Option(help="Output folder (default: MODEL-METHOD in global.save_path).")
+        Path | None, typer.Option(help="Output folder (default: MODEL-RECIPE in global.save_path).")
     ] = None,
     seed: Seed = None,
     overwrite: Annotated[

@@ -98,3 +98,13 @@ def test_scales_that_rounding_judges_need_a_quantization(section, message, tmp_p
     with pytest.raises(ConfigError, match=message):
         angelslim.compress(save_qwen3(tmp_path / "model"), recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_a_tied_model_counts_the_originals_numbers_and_says_that_the_copy_grew(tmp_path):
+    """Untying the head adds a tensor; the original is not measured by it."""
+    model = save_qwen3(tmp_path / "model")
+    record = angelslim.compress(model, "rotated", out=tmp_path / "out", evaluation__enabled=False).report
+    assert 8 * record.bytes_before == 16 * record.parameters and record.bytes_after > record.bytes_before
+    page, card = ((tmp_path / "out" / name).read_text("utf-8") for name in ("report.html", "README.md"))
+    assert "x larger than" in page and "from 16.00" in page and "Error of each layer" not in page
+    assert "x larger)" in card and "No layer was quantized." in card and "\n- quantized\n" not in card

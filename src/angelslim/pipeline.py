@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from .base import parallel
@@ -192,7 +191,7 @@ def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprin
         model_type=job.source.structure.model_type,
         scheme=job.rounds_to,
         format=job.written_as,
-        parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
+        parameters=job.source.checkpoint.parameters,
         bytes_before=job.source.checkpoint.nbytes,
         bytes_after=sum(file.stat().st_size for file in files),
         bits_per_weight=bits / weights if weights else 8.0 * job.source.dtype.itemsize,

@@ -67,7 +67,6 @@ class Plan:
 
 def estimate(job: Job) -> Plan:
     """Predict the job's cost from shapes and a measurement of this machine of about half a second."""
-    tensors = job.source.checkpoint.tensors
     weights = {layer.tensor: layer for layer in job.selection.layers}
     stored, kept = _written_bytes(job)
     count = sum(layer.shape[0] * layer.shape[1] for layer in weights.values())
@@ -78,7 +77,7 @@ def estimate(job: Job) -> Plan:
         method=job.name,
         scheme=job.rounds_to,
         format=job.written_as,
-        parameters=sum(torch.Size(info.shape).numel() for info in tensors.values()),
+        parameters=job.source.checkpoint.parameters,
         layers=dict(Counter(_role(layer, job.source) for layer in weights.values())),
         skipped=job.selection.skipped,
         bits_per_weight=8 * stored / count if count else 8.0 * job.source.dtype.itemsize,

@@ -90,7 +90,8 @@ def run(
         _print_prefill(record, target)
         return
     console.out.print(results_table([record]))
-    console.out.print(layers_table(record))
+    if record.layers:
+        console.out.print(layers_table(record))
     console.out.print(f"Model:  {target}", soft_wrap=True)
     console.out.print(f"Report: {target / 'report.html'}", soft_wrap=True)
     if (target / "analysis.html").exists():

@@ -214,10 +214,12 @@ def model_that_is_nowhere(folder, model):
     return ["fp8_dynamic", "nobody/nothing-of-that-name"]
 
 
-def poisoned(folder: Path, model: Path, value: float) -> Path:
+def poisoned(
+    folder: Path, model: Path, value: float, module: str = "layers.1.mlp.up_proj", place: object = (3, 5)
+) -> Path:
     model = broken(folder, model)
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    tensors[f"model.{module}.weight"][place] = value
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     return model
 
@@ -227,9 +229,19 @@ def nan_weight(folder, model):
     return ["fp8_dynamic", poisoned(folder, model, torch.nan)]
 
 
-@case("infinity", "Block 1", "damaged")
+@case("infinity", "Block 1", "'model.layers.1.mlp.up_proj.weight' holds some", "Restore this tensor")
 def infinite_weight_while_calibrating(folder, model):
     return static(poisoned(folder, model, torch.inf))
+
+
+@case("'model.layers.1.input_layernorm.weight', which is not quantized", "NaN", "original is likely damaged")
+def nan_in_what_is_kept(folder, model):
+    return ["fp8_dynamic", poisoned(folder, model, torch.nan, "layers.1.input_layernorm", 3)]
+
+
+@case("Block 0", "infinity", "damaged")
+def nan_in_the_embedding_while_calibrating(folder, model):
+    return static(poisoned(folder, model, torch.nan, "embed_tokens", ...))
 
 
 @case("model.safetensors", "truncated", "again")
@@ -271,7 +283,7 @@ def missing_config(folder, model):
     return ["fp8_dynamic", model]
 
 
-@case("config.json", "cannot be used", "check config.json")
+@case("config.json", "cannot be used: it is no JSON mapping", "Copy it again")
 def config_that_is_no_json(folder, model):
     model = broken(folder, model)
     (model / "config.json").write_text('{"model_type": "qwen3"')

@@ -30,8 +30,10 @@ def test_units_cover_every_tensor_once(deep_folder):
     assert [unit.name for unit in job.units if unit.block is not None] == [f"block-{i:05d}" for i in range(6)]
 
 
-def test_the_method_keeps_its_public_name(tiny_folder):
-    assert job_for(tiny_folder, "int4_rtn_asym").name == "int4_rtn"
+def test_a_run_is_called_by_its_recipe_else_by_the_methods_public_name(tiny_folder):
+    assert job_for(tiny_folder, "int4_rtn_asym").name == "int4_rtn_asym"
+    public = {"compression": {"quantization": {"name": "int4_rtn"}}}
+    assert job_for(tiny_folder, public).name == "int4_rtn"
     explicit = {"compression": {"quantization": {"scheme": "int8_dynamic"}}}
     assert job_for(tiny_folder, explicit).name == "rtn"
 
@@ -88,7 +90,7 @@ def test_disk_is_checked_where_the_output_will_lie(tiny_folder, tmp_path, monkey
         return shutil._ntuple_diskusage(1, 1, 0)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(ResourceError, match=r"needs .* GB on the disk of .* free"):
+    with pytest.raises(ResourceError, match=r"needs .* MB on the disk of .* free"):
         check_disk(job_for(tiny_folder, "fp8_dynamic"), tmp_path / "not" / "there" / "yet")
     assert asked == [tmp_path]
 

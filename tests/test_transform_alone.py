@@ -52,7 +52,7 @@ def test_the_result_is_a_plain_model_with_the_same_function_and_other_weights(re
     assert "model.layers.1.mlp.gate_proj.weight" in names and "model.layers.1.mlp.up_proj.weight" in names
     report = result.report
     assert report.scheme == report.format == "full precision" and not report.layers
-    assert report.bits_per_weight == 32 and report.method == ("spin" if recipe == "rotated" else "smooth")
+    assert report.bits_per_weight == 32 and report.method == ("rotated" if recipe == "rotated" else "smooth")
     dtypes = {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()}
     assert dtypes == {torch.float32}  # the stored type, whatever it is
 
@@ -98,3 +98,13 @@ def test_scales_that_rounding_judges_need_a_quantization(section, message, tmp_p
     with pytest.raises(ConfigError, match=message):
         angelslim.compress(save_qwen3(tmp_path / "model"), recipe, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_a_tied_model_counts_the_originals_numbers_and_says_that_the_copy_grew(tmp_path):
+    """Untying the head adds a tensor; the original is not measured by it."""
+    model = save_qwen3(tmp_path / "model")
+    record = angelslim.compress(model, "rotated", out=tmp_path / "out", evaluation__enabled=False).report
+    assert 8 * record.bytes_before == 16 * record.parameters and record.bytes_after > record.bytes_before
+    page, card = ((tmp_path / "out" / name).read_text("utf-8") for name in ("report.html", "README.md"))
+    assert "x larger than" in page and "from 16.00" in page and "Error of each layer" not in page
+    assert "x larger)" in card and "No layer was quantized." in card and "\n- quantized\n" not in card

@@ -40,12 +40,15 @@ def check(folder: Path, *, plain: bool = False) -> int:
     with bar("checking", len(checkpoint.tensors)) as progress:
         for name in checkpoint.tensors:
             layer = name.removesuffix(".weight")
-            if not (
-                _sound(checkpoint, layer) if layer in checkpoint.parts else _finite(checkpoint.read(name))
-            ):
+            if layer in checkpoint.parts and not _sound(checkpoint, layer):
                 raise ModelError(
                     f"{folder}: layer {layer!r} has a scale or weight that is not finite.",
                     fix="Compress the model again.",
+                )
+            if layer not in checkpoint.parts and not _finite(checkpoint.read(name)):
+                raise ModelError(
+                    f"{folder}: {name!r}, which is not quantized, holds NaN or infinity.",
+                    fix="The original is likely damaged: restore this tensor there and compress it again.",
                 )
             progress.advance()
     return len(checkpoint.parts)

@@ -100,7 +100,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the report calls the method: the public name when the recipe has one."""
+        """What the report calls the run: the recipe, else the method by its public name if the file gives one."""
+        if self.resolved.recipe:
+            return self.resolved.recipe
         compression = next(iter(self.config.compression), None)
         quantization = None if compression is None or compression.blockwise else compression.quantization
         named = quantization.name if quantization else None

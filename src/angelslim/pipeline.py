@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from .base import parallel
@@ -75,6 +74,9 @@ def run(
             log.info("Continuing the unfinished run in %s", workplace.root)
         try:
             done = compress_units(job, workplace)
+            if parallel.first():
+                _assemble(job, workplace)
+                check(workplace.result, plain=not job.exporter.method)
         except UserError:
             if (
                 not resumed and parallel.first()
@@ -84,8 +86,6 @@ def run(
         if not parallel.first():  # the first process writes, measures and reports
             parallel.wait()
             return RunRecord.load(out)
-        _assemble(job, workplace)
-        check(workplace.result, plain=not job.exporter.method)
         record = _record(job, done, workplace, command, fingerprint)
         record.training = training
         _measure(job, workplace, record, before)
@@ -191,7 +191,7 @@ def _record(job: Job, done: Done, workplace: Workplace, command: str, fingerprin
         model_type=job.source.structure.model_type,
         scheme=job.rounds_to,
         format=job.written_as,
-        parameters=sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values()),
+        parameters=job.source.checkpoint.parameters,
         bytes_before=job.source.checkpoint.nbytes,
         bytes_after=sum(file.stat().st_size for file in files),
         bits_per_weight=bits / weights if weights else 8.0 * job.source.dtype.itemsize,

@@ -27,6 +27,7 @@ from .models.structure import Group
 from .numerics.error import error_of
 from .numerics.quantize import quantize, scale_type, tile_of
 from .numerics.scales import SCALE_BITS
+from .report.words import megabytes
 
 LIBRARIES = 520 * 2**20  # resident bytes of torch and transformers, with the network, before any work
 WITHOUT_NETWORK = 275 * 2**20  # the same where the structure is remembered and nothing runs
@@ -66,7 +67,6 @@ class Plan:
 
 def estimate(job: Job) -> Plan:
     """Predict the job's cost from shapes and a measurement of this machine of about half a second."""
-    tensors = job.source.checkpoint.tensors
     weights = {layer.tensor: layer for layer in job.selection.layers}
     stored, kept = _written_bytes(job)
     count = sum(layer.shape[0] * layer.shape[1] for layer in weights.values())
@@ -77,7 +77,7 @@ def estimate(job: Job) -> Plan:
         method=job.name,
         scheme=job.rounds_to,
         format=job.written_as,
-        parameters=sum(torch.Size(info.shape).numel() for info in tensors.values()),
+        parameters=job.source.checkpoint.parameters,
         layers=dict(Counter(_role(layer, job.source) for layer in weights.values())),
         skipped=job.selection.skipped,
         bits_per_weight=8 * stored / count if count else 8.0 * job.source.dtype.itemsize,
@@ -195,7 +195,7 @@ def check_disk(job: Job, out: Path) -> None:
     needed = disk_needed(job, sum(_written_bytes(job))) + 64 * 2**20
     if needed > free:
         raise ResourceError(
-            f"The run needs {needed / 1e9:.1f} GB on the disk of {folder}, and {free / 1e9:.1f} GB are free.",
+            f"The run needs {megabytes(needed)} on the disk of {folder}, and {megabytes(free)} are free.",
             fix="Choose another --out, or use fewer or shorter calibration samples.",
         )
 

@@ -51,3 +51,4 @@ def test_a_failed_write_leaves_no_folder(tmp_path, monkeypatch):
         with pytest.raises(ResourceError, match="No space left"):
             write_folder(tmp_path / name, FILES)
     assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]  # nothing half-written beside it either

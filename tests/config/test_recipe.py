@@ -370,3 +370,20 @@ def test_importing_the_configuration_loads_nothing_heavy():
 def test_every_error_is_a_user_error():
     with pytest.raises(UserError):
         load({"compression": object()})
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "name"),
+    [
+        ("int8_smooth", ["dataset.num_samples=3"], "int8_smooth"),
+        ("int4_best", ["compression.quantization.quant_method.damp=0.1"], "int4_best"),
+        ({"extends": "int8_smooth"}, [], "int8_smooth"),
+        ("rotated", [], "rotated"),
+        ("int4_rtn", ["compression.quantization.name=int4_gptq"], None),
+        ({"extends": "rotated", "compression": {"quantization": {"name": "int4_rtn"}}}, [], None),
+        ({"extends": "base", "compression": {"quantization": {"name": "int4_rtn"}}}, [], None),
+    ],
+)
+def test_a_run_bears_its_recipes_name_unless_it_does_something_else(source, overrides, name):
+    """Two recipes of one method are two rows of a report and two folders."""
+    assert load(source, overrides).recipe == name

@@ -11,7 +11,17 @@ from angelslim import pipeline
 from angelslim.base.errors import ConfigError
 from angelslim.methods.base import PTQ
 from angelslim.methods.ptq._shared import head_of, round_weight
-from angelslim.methods.ptq.gptq import DAMPED, FACTORING, GPTQ, OUTSIDE, SINGULAR, UNREACHED
+from angelslim.methods.ptq.gptq import (
+    ALL_DEAD,
+    DAMPED,
+    DEAD,
+    FACTORING,
+    FEW,
+    GPTQ,
+    OUTSIDE,
+    SINGULAR,
+    UNREACHED,
+)
 from angelslim.models.activations import ActivationStore
 from angelslim.models.block import Block
 from angelslim.models.checkpoint import UnitWriter
@@ -28,6 +38,7 @@ from tiny import Killed, byte_tokenizer, dies_at, fingerprints, job_for, save_qw
 
 CPU = torch.device("cpu")
 QUANT = "compression.quantization"
+ENOUGH = "dataset.num_samples=12"  # more tokens than any layer has inputs
 SHORT = ("dataset.num_samples=6", "dataset.max_seq_length=32", "global.activation_budget=20KB")
 
 
@@ -126,7 +137,7 @@ SCHEMES = {
 @pytest.mark.parametrize("name", ["int4_gptq", "int4_gptaq"])
 def test_any_scheme_gives_a_checkpoint_that_opens(scheme, name, tiny_folder, texts, tmp_path):
     recipe = {"compression": {"quantization": {"name": name, **SCHEMES[scheme]}}}
-    record = pipeline.run(gptq_job(tiny_folder, texts, recipe), tmp_path / "out")
+    record = pipeline.run(gptq_job(tiny_folder, texts, recipe, ENOUGH), tmp_path / "out")
     assert len(record.layers) == 14 and record.warnings == []
     assert {layer.scheme for layer in record.layers} == {scheme}
     assert all(0 < layer.output_error < 0.2 for layer in record.layers)
@@ -255,13 +266,13 @@ def test_every_expert_has_its_own_hessian(tmp_path):
 
 def test_a_head_outside_the_blocks_is_rounded_and_said(texts, tmp_path):
     folder = save_qwen3(tmp_path / "model", tie_word_embeddings=False)
-    job = gptq_job(folder, texts, "int4_gptq", f"{QUANT}.quantize_lm_head=true")
+    job = gptq_job(folder, texts, "int4_gptq", ENOUGH, f"{QUANT}.quantize_lm_head=true")
     assert pipeline.run(job, tmp_path / "out").warnings == [f"lm_head: {OUTSIDE}."]
 
 
 def test_a_warning_survives_a_restart(texts, tmp_path, monkeypatch):
     folder = save_qwen3(tmp_path / "model", tie_word_embeddings=False)
-    words = ("int4_gptq", f"{QUANT}.quantize_lm_head=true")
+    words = ("int4_gptq", ENOUGH, f"{QUANT}.quantize_lm_head=true")
 
     def dying(*_args):
         raise Killed
@@ -296,7 +307,8 @@ def total_loss(method, hessian_of, tiny_folder) -> float:
     [
         (torch.empty(0, 1), UNREACHED, True),
         (torch.full((4, 1), torch.nan), SINGULAR, True),
-        (torch.ones(1, 1), "", False),  # one token for all inputs: damping makes it work
+        (torch.zeros(4, 1), ALL_DEAD, True),
+        (torch.ones(1, 1), FEW, False),  # one token for all inputs: damping makes it work
     ],
 )
 def test_a_hessian_without_a_factor_is_rounded_and_said(tokens, note, rounded, tiny_folder):
@@ -310,6 +322,15 @@ def test_a_hessian_without_a_factor_is_rounded_and_said(tokens, note, rounded, t
         weight = open_model(tiny_folder).checkpoint.read(result.layer.tensor)
         plain = quantize(weight, PRESETS["int4"].weight, torch.bfloat16)
         assert torch.equal(result.weight.codes, plain.codes) == rounded
+
+
+def test_inputs_that_are_always_zero_are_said(tiny_folder):
+    def hessian_of(layer):
+        hessian = Hessian(layer.shape[1])
+        hessian.update(torch.eye(layer.shape[1])[1:].repeat(2, 1))  # nothing on the first input
+        return hessian
+
+    assert {result.record.note for result in results_with(hessian_of, tiny_folder)} == {DEAD}
 
 
 def test_more_damping_than_usual_is_said(tiny_folder):

@@ -43,6 +43,7 @@ def write_folder(out: Path, files: Mapping[str, str], *, overwrite: bool = False
             shutil.rmtree(out)
         partial.rename(out)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise ResourceError(
             f"Writing to {out} failed ({error.strerror or error}).",
             fix="Free some disk space or choose another --out.",

@@ -64,7 +64,7 @@ def run(
     recipe: Recipe,
     rest: Rest = None,
     out: Annotated[
-        Path | None, typer.Option(help="Output folder (default: MODEL-METHOD in global.save_path).")
+        Path | None, typer.Option(help="Output folder (default: MODEL-RECIPE in global.save_path).")
     ] = None,
     seed: Seed = None,
     overwrite: Annotated[
@@ -90,7 +90,8 @@ def run(
         _print_prefill(record, target)
         return
     console.out.print(results_table([record]))
-    console.out.print(layers_table(record))
+    if record.layers:
+        console.out.print(layers_table(record))
     console.out.print(f"Model:  {target}", soft_wrap=True)
     console.out.print(f"Report: {target / 'report.html'}", soft_wrap=True)
     if (target / "analysis.html").exists():

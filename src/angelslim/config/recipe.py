@@ -26,6 +26,7 @@ from .upstream import METHODS
 
 OVERRIDE = "override"
 GRANULARITY = ("weight", "activation", "group_size", "block_size", "zero_point")  # words that adjust a scheme
+_RECIPE = "recipe "  # what provenance says before the name of a recipe of the package
 _BASES = ("base", "qat_base", "sparse_base")  # what the recipes extend; nothing to run by themselves
 
 
@@ -38,6 +39,9 @@ class Resolved:
     provenance: dict[str, str]  # dotted key -> "default", "recipe <name>", a file, or "override"
     warnings: list[str]
     raw: dict[str, Any]  # what was set, merged
+    recipe: str | None = (
+        None  # the recipe of the package that says what is done, unless something on top says it
+    )
 
     def to_yaml(self) -> str:
         """Write what was set as YAML that loads to the same configuration."""
@@ -93,7 +97,18 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     dialect = dialect_of(raw) or _nearest_dialect(raw)
     config = _check(raw, dialect, sources, where)
     warnings += remarks(config)
-    return Resolved(config, dialect, _provenance(config, raw, sources), warnings, raw)
+    recipe = _recipe(layers, sources)
+    return Resolved(config, dialect, _provenance(config, raw, sources), warnings, raw, recipe)
+
+
+def _recipe(layers: Sequence[_Layer], sources: Mapping[str, str]) -> str | None:
+    """The most special recipe of the package below a run, if no file or override renames what is done."""
+    named = {
+        source for key, source in sources.items() if key.endswith((".quantization.name", "transform.name"))
+    }
+    below = [layer.source.removeprefix(_RECIPE) for layer in layers if layer.source.startswith(_RECIPE)]
+    found = next((name for name in reversed(below) if name in recipes()), None)
+    return found if all(source.startswith(_RECIPE) for source in named) else None
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -106,7 +121,7 @@ def _locate(name: str, folder: Path) -> tuple[Path, str]:
         return path, str(path)
     plain_name = name.replace("-", "_")
     if plain_name in {*recipes(), *_BASES}:
-        return _recipe_folder() / f"{plain_name}.yaml", f"recipe {plain_name}"
+        return _recipe_folder() / f"{plain_name}.yaml", f"{_RECIPE}{plain_name}"
     if plain_name in METHODS:
         fix = "Recipes: " + ", ".join(recipes()) + "."
         raise ConfigError(f"The method {name!r} has no recipe.", fix=f"Give it in a YAML file. {fix}")

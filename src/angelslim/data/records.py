@@ -126,7 +126,13 @@ def _message(turn: Any, where: str) -> dict[str, str]:
     if isinstance(content, list):  # the parts of a multimodal message; only text can be used here
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         texts = [part for part in parts if isinstance(part, str)]
-        content = "".join(texts) if len(texts) == len(parts) else None
+        if isinstance(role, str) and len(texts) < len(parts):
+            raise DataError(
+                "A turn of the conversation has parts that are no text, such as images or sound.",
+                where=where,
+                fix="To calibrate with them set dataset.name to MultiModalDataset or AudioDataset; else remove them.",
+            )
+        content = "".join(texts)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(
             "A turn of the conversation lacks its role or its text.",

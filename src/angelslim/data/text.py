@@ -39,9 +39,9 @@ def calibration_batches(
     `tokens`), or None / ``"builtin"`` for the built-in mixture. A source with fewer usable records gives fewer samples and a warning; one with none is
     a `DataError`.
     """
-    for name, value in (("samples", samples), ("max_length", max_length)):
-        if value < (least := _SHORTEST if name == "max_length" else 1):
-            raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    for name, value, least in (("num_samples", samples, 1), ("max_seq_length", max_length, _SHORTEST)):
+        if value < least:
+            raise ConfigError(f"dataset.{name} is {value}; it must be at least {least}.")
     if source is None or str(source) == BUILTIN:
         source = BUILTIN
         mixture = builtin_records(samples, max_length, seed)

@@ -143,6 +143,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors, those in codes decoded."""
+        return sum(prod(info.shape) for info in self.tensors.values())
+
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """Read one whole tensor into new memory."""
         return self.fetch(self.tensors[name]).to(device)

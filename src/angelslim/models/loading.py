@@ -253,7 +253,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
-        if "trust_remote_code" in text:
+        if not raw_config(folder):
+            text, fix = "it is no JSON mapping", "Copy it again."
+        elif "trust_remote_code" in text:
             fix = "It brings its own code. If you trust it, set model.trust_remote_code=true."
         else:
             model_type = str(raw_config(folder).get("model_type", ""))

@@ -269,8 +269,19 @@ class BlockStream:
         output = self._call(index, entries)
         if not finite(output):
             spoilt = [each for place, each in enumerate(entries) if not finite(output[place])]
+            what = f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {spoilt[0] % len(self.samples)}"
+            block = self.source.model.get_submodule(self.blocks[index])
+            damaged = next(
+                (name for name, weight in block.named_parameters() if not (weight.is_meta or finite(weight))),
+                None,
+            )
+            if damaged:
+                tensor = f"{self.blocks[index]}.{damaged}"
+                raise ModelError(
+                    f"{what}: {tensor!r} holds some.", fix="Restore this tensor of the source model."
+                )
             raise ModelError(
-                f"Block {index} ({self.blocks[index]}) gives NaN or infinity on sample {spoilt[0] % len(self.samples)}.",
+                f"{what}.",
                 fix="The source model is damaged or overflows in its type; try model.torch_dtype=float32.",
             )
         return output

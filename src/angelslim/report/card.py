@@ -99,7 +99,7 @@ def front_matter(record: RunRecord, license: str | None) -> dict[str, object]:
         head["license"] = license
     head["library_name"] = "gguf" if family == "gguf" else "transformers"
     head["pipeline_tag"] = "text-generation"
-    tags = ["angelslim", "quantized", record.method, family, record.model_type]
+    tags = ["angelslim", *(["quantized"] if record.layers else []), record.method, family, record.model_type]
     head["tags"] = list(dict.fromkeys(tag for tag in tags if tag))
     return head
 
@@ -114,12 +114,13 @@ def fence(text: str, language: str = "") -> str:
 def _done(record: RunRecord) -> str:
     original, result = rows([record])
     left = f"; not quantized: {len(record.skipped)}" if record.skipped else ""
+    count = f"{len(record.layers)} linear layers were quantized to {record.bits_per_weight:.2f} bits a weight"
+    what = f"{count}, scales included{left}" if record.layers else "No layer was quantized"
     return (
         f"{_plain(record.model)} ({_plain(record.model_type)}, {words.parameters(record.parameters)} parameters) "
-        f"compressed with `{_code(record.method)}`: {_plain(record.scheme)}. {len(record.layers)} linear layers "
-        f"were quantized to {record.bits_per_weight:.2f} bits a weight, scales included{left}. The weights take "
+        f"compressed with `{_code(record.method)}`: {_plain(record.scheme)}. {what}. The weights take "
         f"{words.megabytes(result.stored)} instead of {words.megabytes(original.stored)} "
-        f"({result.ratio:.2f}x smaller), saved as {_plain(record.format)}."
+        f"({words.factor(result.ratio)}), saved as {_plain(record.format)}."
     )
 
 
@@ -159,7 +160,7 @@ def _limits(record: RunRecord) -> str:
             f"relative error {words.percent(layer.relative_error)}."
         )
     names = [f"`{_code(name)}` ({_plain(reason)})" for name, reason in sorted(record.skipped.items())]
-    if names:
+    if names and record.layers:
         more = f" and {len(names) - MOST_SKIPPED} more" if len(names) > MOST_SKIPPED else ""
         lines.append(f"Not quantized: {', '.join(names[:MOST_SKIPPED])}{more}.")
     lines += [_plain(warning) for warning in record.warnings]

@@ -63,13 +63,13 @@ def _tiles(record: RunRecord, table: Sequence[Row]) -> list[dict[str, str]]:
             "name": "Size of the weights",
             "value": size,
             "unit": unit,
-            "note": f"{result.ratio:.2f}x smaller than {words.megabytes(record.bytes_before)}",
+            "note": f"{words.factor(result.ratio)} than {words.megabytes(record.bytes_before)}",
         },
         {
             "name": "Bits per weight",
             "value": f"{record.bits_per_weight:.2f}",
             "unit": "bits",
-            "note": f"scales included, from {original.bits:.2f}",
+            "note": f"{'scales included, ' if record.layers else ''}from {original.bits:.2f}",
         },
     ]
     measured = quality_metrics(table) | {k: s for k, s in speed_metrics(table).items() if k == "decode"}

@@ -77,6 +77,11 @@ def megabytes(count: int) -> str:
     return f"{size:.2f} MB" if size < 100 else f"{size:.0f} MB"
 
 
+def factor(ratio: float) -> str:
+    """Write bytes before over bytes after: ``1.58x smaller``, or ``1.18x larger`` where the copy grew."""
+    return f"{1 / ratio:.2f}x larger" if 0 < ratio < 1 else f"{ratio:.2f}x smaller"
+
+
 def decibels(value: float) -> str:
     """Write a signal to noise ratio; a layer that lost nothing is ``exact``."""
     return "exact" if value == math.inf else number(value, "dB")

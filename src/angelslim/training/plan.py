@@ -62,7 +62,7 @@ class TrainingPlan:
 
 def estimate(job: TrainingJob) -> TrainingPlan:
     """Predict the cost from shapes and a measurement of this machine of about a tenth of a second."""
-    count = sum(torch.Size(info.shape).numel() for info in job.source.checkpoint.tensors.values())
+    count = job.source.checkpoint.parameters
     scales = job.trainable == "quant"
     batch = job.rows * job.settings.accumulation * parallel.world()
     tokens = job.settings.steps * batch * job.length

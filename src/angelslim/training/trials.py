@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..base import parallel
 from ..base.errors import ConfigError, Diverged
 from ..config.recipe import load
@@ -100,7 +98,7 @@ class Trials:
         volumes = [self._at(data, share) for share in plan.volumes]
         steps = [plan.trials * low[0], *(plan.seeds * each[0] for each in volumes)]
         tokens = plan.trials * low[1] + plan.seeds * sum(each[1] for each in volumes)
-        count = sum(torch.Size(info.shape).numel() for info in base.source.checkpoint.tensors.values())
+        count = base.source.checkpoint.parameters
         return [
             ("model", base.source.name),
             ("method", base.name),

@@ -50,6 +50,9 @@ OUTSIDE = "rounded to nearest: it lies outside the blocks"
 UNREACHED = "rounded to nearest: no calibration token reached it"
 SINGULAR = "rounded to nearest: its Hessian could not be factored, with more damping neither"
 DAMPED = "the Hessian needed more damping than usual"
+ALL_DEAD = "rounded to nearest: its inputs were zero in all of the calibration"
+DEAD = "some inputs were zero in all of the calibration: the weights on them are rounded to nearest"
+FEW = "fewer calibration tokens than inputs: its Hessian is singular but for damping"
 
 SEARCHING = 6  # copies of a weight in float32 while its ranges are searched
 FACTORING = 6  # matrices [in, in] beside the Hessian at the worst moment of factoring it, as measured
@@ -283,7 +286,19 @@ class GPTQ:
         factor = compensate.factorize(hessian, act_order=self.act_order, damp=self.damp, alpha=alpha)
         if factor is None:
             return None, SINGULAR
-        return factor, DAMPED if factor.damping > self.damp else ""
+        return factor, _remark(hessian, factor, self.damp)
+
+
+def _remark(hessian: compensate.Hessian, factor: compensate.Factor, damp: float) -> str:
+    """Say what a factor hides about the calibration that it comes from; the gravest alone."""
+    inputs = len(factor.order)
+    found = {
+        ALL_DEAD: factor.dead == inputs,
+        DAMPED: factor.damping > damp,
+        DEAD: factor.dead > 0,
+        FEW: hessian.tokens < inputs,
+    }
+    return next((remark for remark, holds in found.items() if holds), "")
 
 
 def _as_they_run(block: Block, groups: list[list[Layer]]) -> list[list[Layer]]:

@@ -62,6 +62,11 @@ class RewrittenCheckpoint(Checkpoint):
         return self.inner.nbytes
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the tensors as they are stored: what is added here is not the model's own."""
+        return self.inner.parameters
+
+    @property
     def decoded(self) -> bool:
         """What the stored tensors are."""
         return self.inner.decoded

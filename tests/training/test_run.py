@@ -92,6 +92,15 @@ def test_the_folder_holds_the_weights_that_were_trained(tiny_folder, long_texts,
     assert len(record.layers) == 14
 
 
+def test_weights_with_a_shift_are_saved_as_ordinary_numbers(tiny_folder, long_texts, tmp_path):
+    words = (f"{SPECIAL}.quant_method=dlt", f"{QAT}.save_format=fake", f"{ARGS}.learning_rate=0.01")
+    record = train(tiny_folder, "ternary_absmean", long_texts, tmp_path / "out", *words)
+    assert record.format.startswith("full precision") and any("shifts" in text for text in record.warnings)
+    weight = angelslim.load(tmp_path / "out").model.layers[0].mlp.up_proj.weight
+    assert all(len(row.unique()) <= 3 for row in weight)
+    assert (weight.amax(1) + weight.amin(1)).abs().max() > 1e-5, "the levels are shifted"
+
+
 @pytest.mark.parametrize("recipe", ["seq_2bit", "sherry"])
 def test_killed_and_continued_it_ends_with_the_same_bytes(
     recipe, tiny_folder, long_texts, tmp_path, monkeypatch
@@ -183,7 +192,7 @@ def test_mistakes_are_one_error_each(name, tiny_folder, long_texts, tmp_path):
 
 UNTRAINED = {
     "odd group": ("sherry", f"{SPECIAL}.group_size=48", "multiple of the group size 48"),
-    "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "Choose another quantizer"),
+    "no file for a shift": ("ternary_absmean", f"{SPECIAL}.quant_method=dlt", "save_format: fake"),
     "no scales to learn": (
         "ternary_absmean",
         f"{QAT}.trainable_parameters=quant",

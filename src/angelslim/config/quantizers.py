@@ -82,13 +82,18 @@ def plain(scheme: Scheme) -> tuple[str, dict[str, Any]]:
     return "int", {"bits": weight.format.bits, **options}
 
 
-def scheme_of(name: str, options: Options) -> Scheme:
-    """Return the scheme of the weights that a quantizer leaves; one whose weights no file holds is refused."""
+def scheme_of(name: str, options: Options, *, shifted: bool = False) -> Scheme:
+    """Return the scheme of the weights that a quantizer leaves.
+
+    One that shifts its weights is refused unless they may be `shifted`: no quantized file holds them.
+    """
     if name == "dlt":
-        raise SchemeError(
-            "A shift of every weight is not what quantized checkpoints hold.",
-            fix="Choose another quantizer; in Python, methods.qat.base.merge leaves dlt's weights in ordinary layers.",
-        )
+        if not shifted:
+            raise SchemeError(
+                "A shift of every weight is not what quantized checkpoints hold.",
+                fix="Train dlt end to end with save_format: fake, or choose another quantizer.",
+            )
+        return Scheme(Quant(format_named("ternary"), grain(options, PER_CHANNEL)))
     if name == "fp":
         kind = str(options.get("format", "fp8"))
         if kind != "fp8":

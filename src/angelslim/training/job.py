@@ -185,10 +185,10 @@ def prepare_training(resolved: Resolved, model: str | Path | None = None) -> Tra
     fake = section.save_format == "fake"
     layers, skipped = (), {}  # type: tuple[Layer, ...], dict[str, str]
     if quantizer:
-        scheme = Scheme(quantizers.scheme_of(quantizer, options).weight, inputs)
+        scheme = Scheme(quantizers.scheme_of(quantizer, options, shifted=fake).weight, inputs)
         layers, skipped = _layers(source, stage, scheme, "" if fake else wanted)
     arguments = section.hf_args or TrainerArguments.model_validate({})
-    _say_unused(resolved, arguments, section)
+    _warn(resolved, arguments, section, quantizer)
     lessons = _lessons(section, bool(quantizer))
     data = config.dataset
     rows, length = arguments.per_device_train_batch_size or max(data.batch_size, 1), data.max_seq_length
@@ -350,10 +350,12 @@ def _warmup(given: TrainerArguments) -> tuple[int, float]:
     return (int(count), 0.0) if count >= 1 else (0, count or float(given.warmup_ratio or 0.0))
 
 
-def _say_unused(resolved: Resolved, given: TrainerArguments, section: Section) -> None:
+def _warn(resolved: Resolved, given: TrainerArguments, section: Section, quantizer: str) -> None:
     texts = [f"hf_args.{name} has no effect here." for name in given.given() if name not in READ | SILENT]
     if section.resume_ckpt_dir:
         texts.append("resume_ckpt_dir has no effect here: the same command continues what was stopped.")
+    if quantizer == "dlt":
+        texts.append("dlt's weights are saved as ordinary numbers: no quantized format holds their shifts.")
     for text in texts:
         console.log.warning("%s", text)
         resolved.warnings.append(text)

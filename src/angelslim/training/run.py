@@ -109,14 +109,13 @@ def _train(job: TrainingJob, place: Path) -> tuple[Outcome, dict[str, Any]]:
 
 def _writing(job: TrainingJob, outcome: Outcome) -> Job:
     """Return the job that writes the result: rounding that is done already."""
-    schemes = {
-        layer.name: Scheme(outcome.layers[str(layer.module)].quant, job.inputs) for layer in job.layers
-    }
-    shapes = {layer.name: layer.shape for layer in job.layers}
-    fake = job.fake or not job.layers
+    rounded = [layer for layer in job.layers if str(layer.module) in outcome.layers]
+    schemes = {layer.name: Scheme(outcome.layers[str(layer.module)].quant, job.inputs) for layer in rounded}
+    shapes = {layer.name: layer.shape for layer in rounded}
+    fake = job.fake or not rounded
     exporter: Exporter
     name, exporter = ("dense", DENSE) if fake else choose(schemes, job.format, shapes)
-    layers = tuple(replace(layer, scheme=schemes[layer.name]) for layer in job.layers)
+    layers = tuple(replace(layer, scheme=schemes[layer.name]) for layer in rounded)
     common = Counter(schemes.values()).most_common(1)
     scheme = common[0][0] if common else Scheme(PRESETS["int8_dynamic"].weight)
     checkpoint = TrainedCheckpoint(job.source.checkpoint, outcome.tensors, torch.float32 if fake else None)

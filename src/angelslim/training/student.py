@@ -70,6 +70,7 @@ class Outcome:
     """What training leaves: quantized layers by module path, and the checkpoint's other tensors.
 
     The weights of quantized layers are not among those: what is said of their codes compares them with the original's.
+    Weights with a shift are, as ordinary numbers, for no `Quantized` holds them.
     """
 
     layers: dict[str, Quantized]
@@ -88,8 +89,8 @@ def finish(model: nn.Module, job: TrainingJob) -> Outcome:
     }
     # One text for all, so that it is said once and not for every layer.
     notes = dict.fromkeys(lost, NO_BIAS.format(max(lost.values()))) if lost else {}
-    layers = {name: _plain(record) for name, record in merged.items()}
-    replaced = {f"{name}.weight" for name in merged}
+    layers = {name: _plain(record) for name, record in merged.items() if not _shifted(record)}
+    replaced = {f"{name}.weight" for name in layers}
     state = {name: value.detach() for name, value in model.state_dict().items() if name not in replaced}
     tensors = {
         tensor: state[target.parameter].float()
@@ -99,6 +100,10 @@ def finish(model: nn.Module, job: TrainingJob) -> Outcome:
         and state[target.parameter].is_floating_point()
     }
     return Outcome(layers, tensors, notes)
+
+
+def _shifted(record: LowBit | Quantized) -> bool:
+    return isinstance(record, LowBit) and record.shift is not None
 
 
 def _plain(record: LowBit | Quantized) -> Quantized:

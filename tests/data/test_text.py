@@ -96,7 +96,7 @@ def test_nothing_usable_and_bad_sizes(tokenizer: Any, tmp_path: Path) -> None:
         calibration_batches(tokenizer, tmp_path / "a.jsonl", samples=3, max_length=16)
     with pytest.raises(ConfigError, match="samples is 0"):
         calibration_batches(tokenizer, None, samples=0, max_length=16)
-    with pytest.raises(ConfigError, match="max_length is 1"):
+    with pytest.raises(ConfigError, match="max_seq_length is 1"):
         calibration_batches(tokenizer, None, samples=1, max_length=1)
 
 

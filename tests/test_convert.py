@@ -320,7 +320,9 @@ def test_check_looks_at_weights_in_full_precision_too(blocks, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][3] = float("nan")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"'model\.layers\.1\.input_layernorm' has"):
+    with pytest.raises(
+        ModelError, match=r"'model\.layers\.1\.input_layernorm\.weight', which is not quantized"
+    ):
         check(folder)
 
 

@@ -148,6 +148,7 @@ def test_the_recipes_run(recipe, outliers, tmp_path):
     job = job_for(outliers, recipe, "dataset.num_samples=4", "dataset.max_seq_length=32")
     assert [type(each) for each in job.transforms] == [Smooth]
     record = pipeline.run(job, tmp_path / "out")
-    assert record.scheme == str(INT8) and not record.warnings
+    assert record.scheme == str(INT8)
+    assert all("fewer calibration tokens" in text for text in record.warnings), "GPTQ says what is true here"
     fixed = job_for(outliers, recipe, f"{QUANT}.smooth_alpha=0.8")
     assert fixed.transforms[0].alpha == 0.8

@@ -104,7 +104,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 def _recipe(layers: Sequence[_Layer], sources: Mapping[str, str]) -> str | None:
     """The most special recipe of the package below a run, if no file or override renames what is done."""
     named = {
-        source for key, source in sources.items() if key.endswith((".quantization.name", "transform.name"))
+        source
+        for key, source in sources.items()
+        if key.endswith((".quantization.name", "transform.name", "special.quant_method"))
     }
     below = [layer.source.removeprefix(_RECIPE) for layer in layers if layer.source.startswith(_RECIPE)]
     found = next((name for name in reversed(below) if name in recipes()), None)

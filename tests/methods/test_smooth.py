@@ -145,10 +145,9 @@ def test_ranges_are_the_same_in_any_batches_and_processes(monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["int8_smooth", "int8_smooth_gptq"])
 def test_the_recipes_run(recipe, outliers, tmp_path):
-    job = job_for(outliers, recipe, "dataset.num_samples=4", "dataset.max_seq_length=32")
+    job = job_for(outliers, recipe, "dataset.num_samples=12", "dataset.max_seq_length=32")
     assert [type(each) for each in job.transforms] == [Smooth]
     record = pipeline.run(job, tmp_path / "out")
-    assert record.scheme == str(INT8)
-    assert all("fewer calibration tokens" in text for text in record.warnings), "GPTQ says what is true here"
+    assert record.scheme == str(INT8) and not record.warnings
     fixed = job_for(outliers, recipe, f"{QUANT}.smooth_alpha=0.8")
     assert fixed.transforms[0].alpha == 0.8

@@ -37,6 +37,7 @@ def curate(
     """
     from ..data.curation.run import curate as run
     from ..report.curation import curation_html, reasons_table, sources_table, stages_table
+    from ..report.words import counted
 
     report = run(recipe, out, overwrite=overwrite, page=curation_html)
     for build in (stages_table, reasons_table, sources_table):
@@ -44,9 +45,6 @@ def curate(
     for stage in report.stages:
         for note in stage.notes:
             console.out.print(f"{stage.name}: {note}", soft_wrap=True, markup=False)
-    console.out.print(
-        f"Set:    {out} ({len(report.shards)} part file{'s'[: len(report.shards) != 1]})",
-        soft_wrap=True,
-        markup=False,
-    )
+    files = counted(len(report.shards), "part file")
+    console.out.print(f"Set:    {out} ({files})", soft_wrap=True, markup=False)
     console.out.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

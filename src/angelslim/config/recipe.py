@@ -39,9 +39,8 @@ class Resolved:
     provenance: dict[str, str]  # dotted key -> "default", "recipe <name>", a file, or "override"
     warnings: list[str]
     raw: dict[str, Any]  # what was set, merged
-    recipe: str | None = (
-        None  # the recipe of the package that says what is done, unless something on top says it
-    )
+    # The recipe of the package that says what is done, unless something on top says it.
+    recipe: str | None = None
 
     def to_yaml(self) -> str:
         """Write what was set as YAML that loads to the same configuration."""

@@ -100,11 +100,7 @@ def _tiles(report: CurationReport, first: Flow, last: Flow) -> list[dict[str, st
     return [
         tile("Documents", f"{last.documents_out:,}", f"of {first.documents_in:,}, repeats counted"),
         tile("Characters", f"{last.characters_out:,}", f"{words.percent(kept)} of {first.characters_in:,}"),
-        tile(
-            "Size",
-            words.megabytes(report.bytes),
-            f"{len(report.shards)} part file{'s'[: len(report.shards) != 1]}",
-        ),
+        tile("Size", words.megabytes(report.bytes), words.counted(len(report.shards), "part file")),
         tile("Sources", str(len(report.stages[0].sources)), f"{len(report.stages)} stages"),
     ]
 

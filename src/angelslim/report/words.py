@@ -69,6 +69,11 @@ def metric_name(metric: str) -> str:
     return NAMES.get(metric, metric[:1].upper() + metric[1:])
 
 
+def counted(count: int, thing: str) -> str:
+    """Write a number of things: ``1 part file``, ``2 part files``."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def megabytes(count: int) -> str:
     """Write bytes as MB (one million bytes), or GB from a thousand of them on."""
     size = count / MEGABYTE
